@@ -1,0 +1,418 @@
+"""The run's configuration: one tree of dataclasses, read from YAML and overridden on the command line.
+
+Values go `defaults < --config FILE.yaml < --section.field value`; unknown keys and wrong types are refused by name.
+Each class checks its own fields in `__post_init__`; `RunConfig` checks the combinations that need nothing but the
+configuration. What needs a tokenizer, a data set or the number of ranks is checked in `megatron_ext.train.preflight`, still
+before any process group exists. This module imports neither torch nor megatron, so `--help` stays quick.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_ext.errors import UserError
+
+OBJECTIVE_NAMES = ("clm", "mlm", "mntp")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _require_positive(where: str, **values: float | None) -> None:
+    for name, value in values.items():
+        _require(value is None or value > 0, f"{where}.{name} is {value}: it must be greater than 0")
+
+
+def _require_share(where: str, **values: float | None) -> None:
+    for name, value in values.items():
+        _require(value is None or 0.0 <= value <= 1.0, f"{where}.{name} is {value}: it must lie between 0 and 1")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The encoder's shape: a preset, and any field of it set otherwise (null: as the preset says)."""
+
+    preset: str = "tiny"
+    """Name of a preset in megatron_ext/model/presets.py: nano, tiny, 210m, 610m, 1b or 2b."""
+    num_layers: int | None = None
+    """Transformer layers."""
+    hidden_size: int | None = None
+    """Width of the hidden states."""
+    ffn_hidden_size: int | None = None
+    """Inner width of the gated (SwiGLU) feed-forward block."""
+    num_attention_heads: int | None = None
+    """Query heads."""
+    num_query_groups: int | None = None
+    """Key/value heads (grouped-query attention); must divide the query heads."""
+    head_dim: int | None = None
+    """Width of one head; need not equal hidden_size / num_attention_heads."""
+    rotary_base: float | None = None
+    """RoPE theta."""
+    norm_epsilon: float | None = None
+    """Epsilon of the RMS norms."""
+    init_std: float | None = None
+    """Standard deviation of the initial weights; the projections back into the residual get it / sqrt(2 layers)."""
+    tie_embeddings: bool | None = None
+    """Share the embedding with the language-model head."""
+    max_position_embeddings: int | None = None
+    """Longest sequence that the exported model announces."""
+
+    def __post_init__(self) -> None:
+        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("preset", "tie_embeddings")}
+        _require_positive("model", **sizes)
+
+
+@dataclass(kw_only=True)
+class DataSource:
+    """One tokenized data set of a blend."""
+
+    prefix: str
+    """Path of a Megatron data set without its .bin/.idx ending."""
+    weight: float = 1.0
+    """Share of the samples drawn from this set, relative to the other weights."""
+
+    def __post_init__(self) -> None:
+        _require_positive(f"data source {self.prefix}", weight=self.weight)
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """What is read, and how it is cut into samples."""
+
+    tokenizer: str
+    """SentencePiece .model file, or a folder with a Hugging Face tokenizer."""
+    train: list[DataSource]
+    """The training blend."""
+    validation: list[DataSource] = field(default_factory=list)
+    """The validation blend; when empty, the validation share of `split` of the training sets."""
+    split: list[float] = field(default_factory=lambda: [0.98, 0.01, 0.01])
+    """Shares of each training set's documents for training, validation and test, in document order."""
+    sequence_length: int = 2048
+    """Tokens in a sample."""
+    documents_attend_across: bool = False
+    """Let the documents packed in one sample see each other."""
+    restart_positions: bool = True
+    """Count the position ids of each packed document from 0."""
+
+    def __post_init__(self) -> None:
+        _require_positive("data", sequence_length=self.sequence_length)
+        _require(bool(self.train), "data.train is empty: name at least one data set prefix")
+        _require(
+            len(self.split) == 3 and all(share >= 0 for share in self.split) and abs(sum(self.split) - 1) < 1e-6,
+            f"data.split is {self.split}: it must hold three shares (train, validation, test) that sum to 1",
+        )
+        _require(self.split[0] > 0, f"data.split is {self.split}: the training share must be greater than 0")
+
+
+@dataclass(kw_only=True)
+class MaskingConfig:
+    """Which tokens the masked objectives hide, and what stands in their place."""
+
+    ratio: float = 0.4
+    """Share of the maskable tokens that is selected for prediction (at the phase's first step)."""
+    final_ratio: float | None = None
+    """Ratio at the phase's last step, reached linearly; null keeps `ratio` constant."""
+    mask_share: float = 1.0
+    """Share of the selected tokens replaced by the mask token."""
+    random_share: float = 0.0
+    """Share of the selected tokens replaced by a random ordinary token."""
+    keep_share: float = 0.0
+    """Share of the selected tokens left as they are (and still predicted)."""
+    count: Literal["bernoulli", "exact"] = "bernoulli"
+    """`bernoulli` selects each unit independently; `exact` selects round(ratio x maskable tokens) tokens of a sample."""
+    unit: Literal["token", "word", "span"] = "token"
+    """What is selected as a whole: single tokens, whole words, or spans of random length."""
+    mean_span_length: float = 3.0
+    """Mean of the geometric span lengths (in tokens, at most 10) when unit is `span`."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("ratio", self.ratio), ("final_ratio", self.final_ratio)):
+            _require(value is None or 0.0 < value < 1.0, f"masking.{name} is {value}: it must lie between 0 and 1, both excluded")
+        _require_share("masking", mask_share=self.mask_share, random_share=self.random_share, keep_share=self.keep_share)
+        shares = self.mask_share + self.random_share + self.keep_share
+        _require(abs(shares - 1) < 1e-6, f"masking.mask_share + random_share + keep_share is {shares:g}: it must be 1")
+        _require(self.mean_span_length >= 1, f"masking.mean_span_length is {self.mean_span_length}: it must be at least 1")
+
+
+@dataclass(kw_only=True)
+class PhaseConfig:
+    """One stretch of the run under one objective, or one mixture of objectives."""
+
+    objective: str | dict[str, float]
+    """clm, mlm or mntp; or a mixture such as {clm: 0.25, mlm: 0.75}, drawn per global micro-batch."""
+    steps: int | None = None
+    """Length in optimizer steps."""
+    tokens: int | None = None
+    """Length in tokens, rounded up to whole steps. Give either `steps` or `tokens`."""
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    """Masking of mlm and mntp."""
+    optimizer_state: Literal["keep", "reset"] = "keep"
+    """What happens to the optimizer's moments when the phase starts."""
+    learning_rate: Literal["continue", "rewarm"] = "continue"
+    """`rewarm` starts the learning-rate schedule anew with this phase; the schedule spans the phases up to the next `rewarm`."""
+
+    def __post_init__(self) -> None:
+        names = self.objective if isinstance(self.objective, dict) else {self.objective: 1.0}
+        for name, weight in names.items():
+            _require(name in OBJECTIVE_NAMES, f"phase objective is '{name}': allowed are {', '.join(OBJECTIVE_NAMES)}")
+            _require(weight > 0, f"phase objective {name} has the weight {weight}: it must be greater than 0")
+        _require(bool(names), "phase objective is an empty mixture: name at least one objective")
+        _require(
+            (self.steps is None) != (self.tokens is None),
+            f"phase '{'+'.join(names)}' has steps={self.steps} and tokens={self.tokens}: give exactly one of them",
+        )
+        _require_positive(f"phase '{'+'.join(names)}'", steps=self.steps, tokens=self.tokens)
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How the model and the batch are spread over the ranks; the data-parallel size follows from the number of ranks."""
+
+    tensor: int = 1
+    """Tensor-parallel size."""
+    pipeline: int = 1
+    """Pipeline-parallel size."""
+    virtual_pipeline: int = 1
+    """Model chunks on each pipeline rank (interleaved schedule when greater than 1)."""
+    sequence: bool = True
+    """Sequence parallelism in the tensor-parallel regions (only matters when tensor > 1)."""
+    distributed_optimizer: bool = False
+    """Shard the optimizer's state over the data-parallel ranks."""
+
+    def __post_init__(self) -> None:
+        sizes = {"tensor": self.tensor, "pipeline": self.pipeline, "virtual_pipeline": self.virtual_pipeline}
+        _require_positive("parallel", **sizes)
+        _require(
+            self.virtual_pipeline == 1 or self.pipeline > 1,
+            f"parallel.virtual_pipeline is {self.virtual_pipeline} with parallel.pipeline 1: interleaving needs pipeline > 1",
+        )
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: float = 5e-4
+    """Peak learning rate."""
+    min_learning_rate: float = 0.0
+    """Learning rate at the end of the decay."""
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    """Warmup-stable-decay (linear decay), warmup and cosine, or warmup and constant."""
+    warmup_steps: int = 0
+    """Steps of linear warmup at the start of each schedule segment."""
+    decay_steps: int = 0
+    """Steps of linear decay at the end of each schedule segment (wsd only)."""
+    beta1: float = 0.9
+    """AdamW beta 1."""
+    beta2: float = 0.95
+    """AdamW beta 2."""
+    epsilon: float = 1e-5
+    """AdamW epsilon."""
+    weight_decay: float = 0.1
+    """Weight decay; norms and biases have none."""
+    clip_grad_norm: float = 1.0
+    """Limit of the global gradient norm; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        _require_positive("optimizer", learning_rate=self.learning_rate, epsilon=self.epsilon)
+        for name in ("min_learning_rate", "warmup_steps", "decay_steps", "weight_decay", "clip_grad_norm"):
+            _require(getattr(self, name) >= 0, f"optimizer.{name} is {getattr(self, name)}: it must not be negative")
+        _require_share("optimizer", beta1=self.beta1, beta2=self.beta2)
+        _require(
+            self.schedule == "wsd" or self.decay_steps == 0,
+            f"optimizer.decay_steps is {self.decay_steps} with schedule {self.schedule}: only wsd has a decay length",
+        )
+        _require(
+            self.min_learning_rate <= self.learning_rate,
+            f"optimizer.min_learning_rate {self.min_learning_rate} is above optimizer.learning_rate {self.learning_rate}",
+        )
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """Batch sizes, numbers and what ends the run."""
+
+    seed: int = 0
+    """Seed of the weights, the data order and the masks."""
+    micro_batch_size: int = 1
+    """Samples in one forward pass of one data-parallel rank."""
+    global_batch_size: int = 8
+    """Samples in one optimizer step."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Numbers of the weights and activations; the optimizer's master weights are always float32."""
+    backend: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layers: torch modules, Transformer Engine modules, or what this machine has."""
+    stop_at_step: int | None = None
+    """Save and stop after this step, to be continued later; null runs the whole plan."""
+    log_interval: int = 10
+    """Steps between two lines of metrics."""
+
+    def __post_init__(self) -> None:
+        sizes = ("micro_batch_size", "global_batch_size", "stop_at_step", "log_interval")
+        _require_positive("training", **{name: getattr(self, name) for name in sizes})
+        _require(self.seed >= 0, f"training.seed is {self.seed}: it must not be negative")
+        _require(
+            self.global_batch_size % self.micro_batch_size == 0,
+            f"training.global_batch_size {self.global_batch_size} is not a multiple of "
+            f"training.micro_batch_size {self.micro_batch_size}",
+        )
+
+
+@dataclass(kw_only=True)
+class ValidationConfig:
+    """Validation on a fixed set: under the phase's own objective, and always under MLM so that phases can be compared."""
+
+    interval: int = 100
+    """Steps between two validations (one more at each phase edge and at the end); 0 switches validation off."""
+    samples: int = 64
+    """Samples in the fixed validation set."""
+    mask_ratio: float | None = None
+    """Ratio of the comparison MLM; null takes the ratio at the end of the plan's last masked phase (0.4 if there is none)."""
+
+    def __post_init__(self) -> None:
+        _require(self.interval >= 0, f"validation.interval is {self.interval}: it must not be negative")
+        _require_positive("validation", samples=self.samples)
+        _require(
+            self.mask_ratio is None or 0 < self.mask_ratio < 1,
+            f"validation.mask_ratio is {self.mask_ratio}: it must lie between 0 and 1, both excluded",
+        )
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """When the run is saved; the folder is `<output_dir>/checkpoints`."""
+
+    interval: int = 1000
+    """Steps between two checkpoints (one more at each phase edge and at the end); 0 saves only at the end."""
+    keep_last: int = 0
+    """Interval checkpoints to keep besides those at phase edges; 0 keeps all."""
+
+    def __post_init__(self) -> None:
+        _require(self.interval >= 0, f"checkpoint.interval is {self.interval}: it must not be negative")
+        _require(self.keep_last >= 0, f"checkpoint.keep_last is {self.keep_last}: it must not be negative")
+
+
+@dataclass(kw_only=True)
+class TrackingConfig:
+    """MLflow; metrics also always go to `<output_dir>/metrics.jsonl`."""
+
+    mlflow: bool = True
+    """Track the run in MLflow."""
+    uri: str | None = None
+    """Tracking server; null is an embedded SQLite file in output_dir."""
+    experiment: str = "megatron_ext"
+    """MLflow experiment."""
+    run_name: str | None = None
+    """MLflow run name; null is the name of output_dir."""
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """One training run: what `pretrain_encoder.py` reads and every checkpoint stores."""
+
+    output_dir: str
+    """Folder for checkpoints, metrics and the embedded MLflow file."""
+    data: DataConfig
+    """Data and tokenizer."""
+    phases: list[PhaseConfig]
+    """The phase plan, in order."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Model shape."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Parallel layout."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer and learning-rate schedule."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Batches, numbers, logging."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """Validation."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Experiment tracking."""
+    resume: str = "never"
+    """`never` starts anew, `auto` continues from the newest complete checkpoint in output_dir if there is one, a path loads it."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.phases), "phases is empty: the plan needs at least one phase")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The whole tree as plain dictionaries, lists and numbers (what the checkpoint stores)."""
+        return dataclasses.asdict(self)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the canonical JSON of the tree."""
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def build_parser() -> Any:
+    """The command line of `pretrain_encoder.py`: `--config FILE.yaml` and `--section.field value` for every field."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="pretrain_encoder.py",
+        description="Pretrain one encoder through a plan of CLM / MLM / MNTP phases.",
+        exit_on_error=False,
+        print_config=None,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with the tree below; later arguments override it.")
+    parser.add_argument("--print-config", action="store_true", help="Show the resolved configuration and stop.")
+    parser.add_class_arguments(RunConfig, nested_key=None, fail_untyped=True)
+    return parser
+
+
+def load_config(arguments: Sequence[str]) -> tuple[RunConfig, bool]:
+    """Read a configuration from command-line arguments.
+
+    Args:
+        arguments: the words after the program's name.
+
+    Returns:
+        The configuration, and whether `--print-config` was given.
+
+    Raises:
+        UserError: for a missing file, an unknown key, a wrong type or an impossible value, naming it.
+    """
+    from jsonargparse import ArgumentError
+
+    for word, value in zip(arguments, arguments[1:], strict=False):
+        if word == "--config" and not Path(value).is_file():
+            raise UserError(f"--config {value}: there is no such file")
+    parser = build_parser()
+    try:
+        namespace = parser.parse_args(list(arguments))
+        print_config = namespace.pop("print_config")
+        return _instantiate(parser, namespace), print_config
+    except ArgumentError as error:
+        raise UserError(_one_line(error)) from error
+
+
+def from_dict(tree: dict[str, Any]) -> RunConfig:
+    """Rebuild the configuration that a checkpoint stores (the inverse of `RunConfig.as_dict`).
+
+    Raises:
+        UserError: the tree holds a key or value that this version does not know.
+    """
+    from jsonargparse import ArgumentError
+
+    parser = build_parser()
+    try:
+        return _instantiate(parser, parser.parse_object(tree))
+    except ArgumentError as error:
+        raise UserError(_one_line(error)) from error
+
+
+def _instantiate(parser: Any, namespace: Any) -> RunConfig:
+    tree = parser.instantiate_classes(namespace)
+    return RunConfig(**{f.name: tree[f.name] for f in dataclasses.fields(RunConfig)})
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)

@@ -1,0 +1,1 @@
+"""The encoder on megatron-core: presets, layers, attention, head, and what they cost."""

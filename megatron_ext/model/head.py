@@ -1,0 +1,121 @@
+"""Language-model head on the predicted positions only, vocabulary-parallel, in chunks.
+
+The loss of a masked objective needs logits at 40 % of the positions or fewer, so the hidden states are gathered first and the
+vocabulary matmul runs on these rows. The rows are processed in chunks; each chunk's logits are turned into loss and gradients
+at once and dropped, so peak memory does not grow with tokens x vocabulary. Same loss, same gradients as the dense head.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp, all_reduce
+
+LOGITS_PER_CHUNK = 2**25
+"""Float32 logits alive at a time on one rank: 128 MiB."""
+
+
+class LanguageModelHead(ColumnParallelLinear):
+    """Vocabulary-parallel output layer. Rows that pad the vocabulary get no logit, so the loss does not depend on padding."""
+
+    def __init__(self, *args: Any, vocab_size: int, **kwargs: Any):
+        """Args as of `ColumnParallelLinear`, which gets the padded size.
+
+        Args:
+            vocab_size: ids that belong to tokens; rows from here on are padding.
+        """
+        super().__init__(*args, **kwargs)
+        self.first_id = self.tp_group.rank() * self.output_size_per_partition
+        self.valid_rows = max(0, min(vocab_size - self.first_id, self.output_size_per_partition))
+
+    def forward(self, hidden: Tensor, positions: Tensor, target_ids: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Sum of the cross-entropy losses.
+
+        Args:
+            hidden: [t, 1, h], or this rank's part [t / tp, 1, h] under sequence parallelism.
+            positions: [n] rows of the full sequence that predict something; n may be 0.
+            target_ids: [n] what they predict.
+            weight: the tied embedding [v / tp, h], if it is not the head's own.
+
+        Returns:
+            float32 scalar, equal on all tensor-parallel ranks.
+        """
+        weight = self.weight if weight is None else weight
+        rows = self._gather(hidden).index_select(0, positions)
+        return _ChunkedCrossEntropy.apply(rows, weight, target_ids, self.first_id, self.valid_rows, self.tp_group)
+
+    def logits(self, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Logits at every position, padded rows included: [t, 1, h] -> [t, padded vocabulary]. For checks, not for training."""
+        weight = self.weight if weight is None else weight
+        return gather_from_tensor_model_parallel_region(self._gather(hidden) @ weight.t(), group=self.tp_group)
+
+    def _gather(self, hidden: Tensor) -> Tensor:
+        """[t, h] with gradients summed over the tensor-parallel ranks, each of which sees a part of the vocabulary."""
+        if self.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+        return hidden.view(-1, hidden.shape[-1])
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies; the gradients of a chunk are formed in the forward pass, while its logits exist."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, target_ids: Tensor, first_id: int, valid_rows: int, group: ProcessGroup
+    ) -> Tensor:
+        needs_grad = any(ctx.needs_input_grad)
+        valid = weight[:valid_rows]
+        loss = torch.zeros((), dtype=torch.float32, device=rows.device)
+        grad_rows = torch.empty_like(rows) if needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        step = max(1, LOGITS_PER_CHUNK // max(1, valid_rows))
+        for start in range(0, rows.shape[0], step):
+            chunk = rows[start : start + step]
+            logits = (chunk @ valid.t()).float()
+            local_ids = target_ids[start : start + step] - first_id
+            loss += _cross_entropy_(logits, local_ids, group)
+            if needs_grad:
+                grad_logits = logits.to(rows.dtype)
+                torch.mm(grad_logits, valid, out=grad_rows[start : start + step])
+                grad_weight[:valid_rows] += grad_logits.t() @ chunk
+        ctx.save_for_backward(grad_rows, grad_weight)
+        ctx.dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grad_rows, grad_weight = ctx.saved_tensors
+        return grad_rows * grad_loss.to(grad_rows.dtype), (grad_weight * grad_loss).to(ctx.dtype), None, None, None, None
+
+
+def _cross_entropy_(logits: Tensor, local_ids: Tensor, group: ProcessGroup) -> Tensor:
+    """Sum of the losses of a chunk; turns `logits` [n, valid rows] into the gradient softmax - one_hot, in place.
+
+    Two all-reduces over the tensor-parallel ranks: the row maxima, then the sums of exponentials and the targets' logits.
+    """
+    count, width = logits.shape
+    largest = logits.amax(dim=1) if width else torch.full((count,), float("-inf"), device=logits.device)
+    if group.size() > 1:
+        all_reduce(largest, op=ReduceOp.MAX, group=group)
+    logits -= largest[:, None]
+    is_local = (local_ids >= 0) & (local_ids < width)
+    rows = torch.arange(count, device=logits.device)
+    column = local_ids.clamp(0, max(0, width - 1))
+    target_logit = logits[rows, column] * is_local if width else torch.zeros_like(largest)
+    logits.exp_()
+    sums = torch.stack([logits.sum(dim=1), target_logit])
+    if group.size() > 1:
+        all_reduce(sums, group=group)
+    loss = (sums[0].log() - sums[1]).sum()
+    logits /= sums[0][:, None]
+    if width:
+        logits[rows, column] -= is_local.to(logits.dtype)
+    return loss

@@ -1,0 +1,168 @@
+"""Transformer layers as megatron specs, from torch modules or from Transformer Engine's, and megatron's configuration of them.
+
+Both specs store the same checkpoint: the local spec's norms are saved under the names of TE's fused norm-and-linear modules.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from megatron_ext.model.attention import DocumentAttention
+from megatron_ext.model.presets import EncoderConfig
+from megatron_ext.runtime.topology import Layout
+
+LayerKind = Literal["local", "transformer_engine"]
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm (Zhang and Sennrich, arXiv 1910.07467) that works under sequence parallelism.
+
+    megatron's own torch wrapper refuses it; all it takes is to mark the weight, whose gradient is then summed over the
+    tensor-parallel ranks that each see a part of the tokens.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., h] -> [..., h]."""
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+
+
+def transformer_config(encoder: EncoderConfig, layout: Layout, layers: LayerKind, dtype: torch.dtype) -> TransformerConfig:
+    """megatron's configuration for this shape and layout.
+
+    Args:
+        encoder: the model's shape.
+        layout: parallel sizes.
+        layers: which modules run.
+        dtype: of weights and activations.
+    """
+    with_te = layers == "transformer_engine"
+    interleaved = layout.virtual_pipeline > 1
+    return TransformerConfig(
+        num_layers=encoder.num_layers,
+        hidden_size=encoder.hidden_size,
+        ffn_hidden_size=encoder.ffn_hidden_size,
+        num_attention_heads=encoder.num_attention_heads,
+        num_query_groups=encoder.num_query_groups,
+        kv_channels=encoder.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=encoder.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        rotary_interleaved=False,
+        # Weights are set by name after the model is built, see initialization.py.
+        perform_initialization=False,
+        init_method_std=encoder.init_std,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if interleaved else None,
+        sequence_parallel=layout.sequence_parallel,
+        calculate_per_token_loss=True,
+        # Freeing what was sent is only safe once it has left: gloo's separate calls still read it afterwards.
+        deallocate_pipeline_outputs=not interleaved,
+        # Batched point-to-point calls mix up the two messages between the same pair of ranks when two stages are interleaved:
+        # the loss stays right and the gradients are silently wrong. Separate calls are right for any number of stages.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        # These fusions are CUDA kernels, or are compiled.
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=with_te,
+        bias_activation_fusion=with_te,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=with_te,
+    )
+
+
+def block_spec(config: TransformerConfig, layers: LayerKind, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """The layers and final norm that this pipeline stage holds."""
+    spec = _te_layer() if layers == "transformer_engine" else _local_layer()
+    final_norm = spec.submodules.input_layernorm if layers == "local" else _te_norm()
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=final_norm)
+
+
+def _local_layer() -> ModuleSpec:
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear,
+        core_attention=DocumentAttention,
+        linear_proj=RowParallelLinear,
+        q_layernorm=IdentityOp,
+        k_layernorm=IdentityOp,
+    )
+    names_of_fused_modules = {
+        "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+        "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+    }
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=_self_attention(attention),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=_mlp(ColumnParallelLinear, RowParallelLinear),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=names_of_fused_modules,
+        ),
+    )
+
+
+def _te_layer() -> ModuleSpec:
+    from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
+
+    from megatron_ext.model.te_attention import TEDocumentAttention
+
+    attention = SelfAttentionSubmodules(
+        linear_qkv=TELayerNormColumnParallelLinear,
+        core_attention=TEDocumentAttention,
+        linear_proj=TERowParallelLinear,
+        q_layernorm=IdentityOp,
+        k_layernorm=IdentityOp,
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            self_attention=_self_attention(attention),
+            self_attn_bda=get_bias_dropout_add,
+            mlp=_mlp(TELayerNormColumnParallelLinear, TERowParallelLinear),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _te_norm() -> type:
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
+
+
+def _self_attention(submodules: SelfAttentionSubmodules) -> ModuleSpec:
+    # The mask type is fixed at construction and not read: the batch's AttentionLayout decides.
+    return ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.no_mask}, submodules=submodules)
+
+
+def _mlp(linear_fc1: type, linear_fc2: type) -> ModuleSpec:
+    return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=linear_fc2))

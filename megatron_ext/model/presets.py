@@ -1,0 +1,107 @@
+"""Model shapes: the study's sizes and small ones, as functions that return the encoder's configuration."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_ext.config import ModelConfig
+from megatron_ext.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """Shape of an encoder: RMSNorm, SwiGLU, RoPE, no biases; the causal and the bidirectional model share it."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    rotary_base: float = 10_000.0
+    norm_epsilon: float = 1e-5
+    init_std: float = 0.02
+    tie_embeddings: bool = False
+    max_position_embeddings: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_query_groups:
+            raise UserError(
+                f"model.num_query_groups {self.num_query_groups} does not divide "
+                f"model.num_attention_heads {self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"model.head_dim is {self.head_dim}: rotary embeddings need an even width")
+
+
+def _shape(layers: int, hidden: int, ffn: int, heads: int, groups: int, **other: float | bool) -> EncoderConfig:
+    return EncoderConfig(
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=ffn,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        head_dim=hidden // heads,
+        **other,
+    )
+
+
+def nano() -> EncoderConfig:
+    """For tests: a second of training on one core."""
+    return _shape(4, 64, 160, 4, 2, max_position_embeddings=128)
+
+
+def tiny() -> EncoderConfig:
+    """For the demo: minutes on a laptop."""
+    return _shape(4, 256, 704, 4, 4, max_position_embeddings=512)
+
+
+def preset_210m() -> EncoderConfig:
+    """The study's 210M (arXiv 2507.00994)."""
+    return _shape(12, 768, 3072, 12, 12)
+
+
+def preset_610m() -> EncoderConfig:
+    """The study's 610M."""
+    return _shape(26, 1152, 4096, 18, 6)
+
+
+def preset_1b() -> EncoderConfig:
+    """The study's 1B."""
+    return _shape(28, 1728, 5120, 18, 6)
+
+
+def preset_2b() -> EncoderConfig:
+    """EuroBERT's 2.1B (arXiv 2503.05500)."""
+    return _shape(32, 2304, 6144, 18, 6)
+
+
+PRESETS: dict[str, Callable[[], EncoderConfig]] = {
+    "nano": nano,
+    "tiny": tiny,
+    "210m": preset_210m,
+    "610m": preset_610m,
+    "1b": preset_1b,
+    "2b": preset_2b,
+}
+
+
+def build_encoder_config(model: ModelConfig) -> EncoderConfig:
+    """The preset with the configured fields put in its place.
+
+    A changed width or head count changes `head_dim` with it, unless `head_dim` is given too.
+
+    Raises:
+        UserError: unknown preset, or sizes that do not fit together.
+    """
+    if model.preset not in PRESETS:
+        raise UserError(f"model.preset is '{model.preset}': allowed are {', '.join(PRESETS)}")
+    given = {name: value for name, value in dataclasses.asdict(model).items() if name != "preset" and value is not None}
+    preset = PRESETS[model.preset]()
+    if "head_dim" not in given and given.keys() & {"hidden_size", "num_attention_heads"}:
+        hidden = given.get("hidden_size", preset.hidden_size)
+        heads = given.get("num_attention_heads", preset.num_attention_heads)
+        if hidden % heads:
+            raise UserError(f"model.hidden_size {hidden} does not divide by model.num_attention_heads {heads}: give model.head_dim")
+        given["head_dim"] = hidden // heads
+    return dataclasses.replace(preset, **given)

@@ -1,0 +1,161 @@
+"""Lets megatron-core run where there is no CUDA. The only module that patches megatron-core or torch.
+
+megatron-core assumes CUDA in three ways, each met by one patch below. All were found on 0.16.1 and hold to 0.19.x
+(`SUPPORTED`); `patch_megatron` refuses other versions, so that an upgrade is looked at before it is trusted.
+The patches are applied once per process, before any process group, and never where CUDA is available.
+"""
+
+import contextlib
+import importlib
+import inspect
+import logging
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from megatron_ext.errors import UserError
+from megatron_ext.runtime.adamw import FusedAdamW
+
+SUPPORTED = ((0, 16), (0, 19))
+"""First and last megatron-core (major, minor) that these patches were checked against."""
+
+CUDA_CONSTANTS = {
+    "cuda": "cpu",
+    "torch.cuda.FloatTensor": "torch.FloatTensor",
+    "torch.cuda.HalfTensor": "torch.HalfTensor",
+    "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
+}
+"""Literals that name the CUDA device or its tensor types, and what they mean on a CPU."""
+
+MODULES_WITH_CUDA_CONSTANTS = (
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.optimizer.distrib_optimizer",
+    "megatron.core.optimizer.optimizer",
+    "megatron.core.dist_checkpointing.exchange_utils",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+    "megatron.core.utils",
+)
+
+
+def patch_megatron() -> None:
+    """Apply every patch that this machine needs; calling it again changes nothing.
+
+    Raises:
+        UserError: megatron-core is outside the versions that the patches were checked against.
+    """
+    _check_version()
+    patch_torch_optimizer()
+    if not torch.cuda.is_available():
+        patch_cuda_runtime()
+        patch_rng_tracker()
+        patch_cuda_constants()
+
+
+def _check_version() -> None:
+    from megatron.core.package_info import MAJOR, MINOR, __version__
+
+    if not SUPPORTED[0] <= (MAJOR, MINOR) <= SUPPORTED[1]:
+        first, last = (".".join(map(str, version)) for version in SUPPORTED)
+        raise UserError(f"megatron-core {__version__} is installed: this version of megatron_ext supports {first} to {last}")
+
+
+def patch_cuda_runtime() -> None:
+    """`torch.cuda` calls without a `cuda.is_available()` guard: the current device is the CPU, streams do nothing.
+
+    Can go when megatron-core asks for the device of the tensors it works on.
+    """
+    device = torch.device("cpu")
+    stream = _NullStream()
+    replacements = {
+        "current_device": lambda: device,
+        "synchronize": lambda device=None: None,
+        "is_initialized": lambda: True,
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+        "manual_seed": lambda seed: torch.manual_seed(seed),
+        "current_stream": lambda device=None: stream,
+        "default_stream": lambda device=None: stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+    }
+    for name, function in replacements.items():
+        setattr(torch.cuda, name, function)
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+
+
+class _NullStream:
+    """Stands for a CUDA stream: everything has already happened."""
+
+    def wait_stream(self, stream: object) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+
+def patch_rng_tracker() -> None:
+    """megatron's tensor-parallel RNG tracker saves and restores the CUDA generator: give it the CPU's.
+
+    Its warning that the CPU state changed inside a GPU context is then always true and says nothing: that logger is silenced.
+    """
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+    logging.getLogger(random.__name__).setLevel(logging.ERROR)
+
+
+def patch_cuda_constants() -> None:
+    """Hard-coded `device="cuda"` and `'torch.cuda.FloatTensor'`: translate the literals inside megatron's own functions.
+
+    Rewriting the constants of these few modules leaves torch itself alone: code outside megatron that asks for "cuda" still
+    gets torch's honest error.
+    """
+    for name in MODULES_WITH_CUDA_CONSTANTS:
+        module = importlib.import_module(name)
+        for function in _functions_of(module):
+            function.__code__ = _translate(function.__code__)
+
+
+def _functions_of(module: types.ModuleType) -> Iterator[types.FunctionType]:
+    members: list[Any] = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
+    for member in members:
+        for value in vars(member).values() if inspect.isclass(member) else [member]:
+            if isinstance(value, staticmethod | classmethod):
+                value = value.__func__
+            if isinstance(value, property):
+                value = value.fget
+            function = inspect.unwrap(value) if callable(value) else None
+            if isinstance(function, types.FunctionType):
+                yield function
+
+
+def _translate(code: types.CodeType) -> types.CodeType:
+    def translate(constant: Any) -> Any:
+        if isinstance(constant, types.CodeType):
+            return _translate(constant)
+        if isinstance(constant, tuple):
+            return tuple(translate(item) for item in constant)
+        return CUDA_CONSTANTS.get(constant, constant) if isinstance(constant, str) else constant
+
+    return code.replace(co_consts=tuple(translate(constant) for constant in code.co_consts))
+
+
+def patch_torch_optimizer() -> None:
+    """Without TE and Apex megatron takes `torch.optim.AdamW`, unfused and with the step in each parameter's state.
+
+    That is slow, and the distributed optimizer cannot load what it saved (`KeyError: 'step'`). `FusedAdamW` keeps to the
+    interface of Apex's optimizer, so megatron is told that it has that one. Needed on any device without TE and Apex.
+    """
+    optimizer = importlib.import_module("megatron.core.optimizer")
+    distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+
+    if not optimizer.USING_PYTORCH_OPTIMIZER:
+        return
+    optimizer.Adam = distributed.Adam = FusedAdamW
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distributed.HAVE_APEX_OR_TE = True
+    distributed.USING_APEX_OPTIMIZER = True
+

@@ -1,0 +1,126 @@
+"""The layout of the ranks: sizes that must fit together, process groups, and this rank's place in them."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+from megatron_ext.config import ParallelConfig, TrainingConfig
+from megatron_ext.errors import UserError
+from megatron_ext.runtime.backend import Backend
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Parallel sizes of a run; they multiply to the number of ranks."""
+
+    world_size: int
+    tensor: int
+    pipeline: int
+    virtual_pipeline: int
+    data: int
+    sequence_parallel: bool
+    distributed_optimizer: bool
+
+    def __str__(self) -> str:
+        interleaved = f" x{self.virtual_pipeline} chunks" if self.virtual_pipeline > 1 else ""
+        sequence = "+SP" if self.sequence_parallel else ""
+        return f"TP{self.tensor}{sequence} x PP{self.pipeline}{interleaved} x DP{self.data}"
+
+    def micro_batches(self, training: TrainingConfig) -> int:
+        """Micro-batches that one data-parallel rank runs in one optimizer step."""
+        return training.global_batch_size // (training.micro_batch_size * self.data)
+
+
+def check_layout(parallel: ParallelConfig, training: TrainingConfig, num_layers: int, shards: dict[str, int], world_size: int) -> Layout:
+    """Check that the sizes fit together. The only place where they are multiplied.
+
+    Args:
+        parallel: the configured sizes.
+        training: batch sizes.
+        num_layers: transformer layers of the model.
+        shards: sizes that tensor parallelism splits, by name: heads, key/value heads, FFN width, tokens of a micro-batch.
+        world_size: number of ranks.
+
+    Raises:
+        UserError: naming the factor that does not fit.
+    """
+    model_ranks = parallel.tensor * parallel.pipeline
+    if world_size % model_ranks:
+        raise UserError(
+            f"{world_size} ranks cannot hold parallel.tensor {parallel.tensor} x parallel.pipeline {parallel.pipeline} = "
+            f"{model_ranks}: start a multiple of {model_ranks} ranks"
+        )
+    data = world_size // model_ranks
+    for name, size in shards.items():
+        if size % parallel.tensor:
+            raise UserError(f"parallel.tensor is {parallel.tensor}: it does not divide {name} {size}")
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    if num_layers % stages:
+        raise UserError(
+            f"model.num_layers {num_layers} does not divide into parallel.pipeline {parallel.pipeline} x "
+            f"parallel.virtual_pipeline {parallel.virtual_pipeline} = {stages} stages"
+        )
+    samples = training.micro_batch_size * data
+    if training.global_batch_size % samples:
+        raise UserError(
+            f"training.global_batch_size {training.global_batch_size} is not a multiple of training.micro_batch_size "
+            f"{training.micro_batch_size} x {data} data-parallel ranks = {samples}"
+        )
+    micro_batches = training.global_batch_size // samples
+    if parallel.virtual_pipeline > 1 and micro_batches % parallel.pipeline:
+        raise UserError(
+            f"{micro_batches} micro-batches a step do not divide by parallel.pipeline {parallel.pipeline}: the interleaved "
+            f"schedule needs that; change training.global_batch_size {training.global_batch_size}"
+        )
+    return Layout(
+        world_size=world_size,
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
+        data=data,
+        sequence_parallel=parallel.sequence and parallel.tensor > 1,
+        distributed_optimizer=parallel.distributed_optimizer,
+    )
+
+
+def world_size_from_environment() -> int:
+    """Ranks that torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank_from_environment() -> int:
+    """This process's rank under torchrun; 0 without."""
+    return int(os.environ.get("RANK", 0))
+
+
+def initialize(layout: Layout, backend: Backend, timeout: timedelta = timedelta(minutes=10)) -> None:
+    """Create the default process group and megatron's groups for this layout, and bind the device.
+
+    Without torchrun a group of one rank is made on a free local port.
+    """
+    from megatron.core import parallel_state
+
+    if backend.device.type == "cuda":
+        torch.cuda.set_device(backend.device)
+    if not torch.distributed.is_initialized():
+        if "RANK" in os.environ:
+            torch.distributed.init_process_group(backend.communication, timeout=timeout)
+        else:
+            store = torch.distributed.TCPStore("localhost", 0, 1, is_master=True)
+            torch.distributed.init_process_group(backend.communication, store=store, rank=0, world_size=1, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+    )
+
+
+def shut_down() -> None:
+    """Destroy megatron's groups and the default process group."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

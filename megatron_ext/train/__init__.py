@@ -1,0 +1,1 @@
+"""Training: checks before it starts, the loop, the optimizer, checkpoints, metrics and their tracking."""

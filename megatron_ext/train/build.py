@@ -1,0 +1,58 @@
+"""Builds this rank's model chunks and wraps them for data parallelism."""
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module
+
+from megatron_ext.model.encoder import EncoderModel, padded_vocab_size
+from megatron_ext.model.initialization import initialize_parameters
+from megatron_ext.model.layers import transformer_config
+from megatron_ext.model.presets import EncoderConfig
+from megatron_ext.runtime.backend import Backend
+from megatron_ext.runtime.topology import Layout
+
+
+def build_model(
+    encoder: EncoderConfig, vocab_size: int, layout: Layout, backend: Backend, dtype: torch.dtype, seed: int
+) -> list[EncoderModel]:
+    """This rank's model chunks on its device, with their initial weights; one chunk unless the pipeline is interleaved.
+
+    Args:
+        encoder: the model's shape.
+        vocab_size: ids that belong to tokens.
+        layout: parallel sizes; the process groups must exist.
+        backend: device and layers.
+        dtype: of the weights.
+        seed: of the weights.
+    """
+    model_parallel_cuda_manual_seed(seed)
+    config = transformer_config(encoder, layout, backend.layers, dtype)
+    config.finalize_model_grads_func = finalize_model_grads
+    chunks = []
+    for number in range(layout.virtual_pipeline):
+        vp_stage = number if layout.virtual_pipeline > 1 else None
+        chunk = EncoderModel(
+            config,
+            encoder,
+            backend.layers,
+            vocab_size,
+            padded_vocab_size(vocab_size, layout.tensor),
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+            vp_stage=vp_stage,
+        )
+        initialize_parameters(chunk, encoder, vocab_size, seed)
+        chunks.append(chunk.to(backend.device))
+    return chunks
+
+
+def wrap_model(chunks: list[EncoderModel], distributed_optimizer: bool) -> list[torch.nn.Module]:
+    """Wrap chunks for bf16 and data parallelism; gradients are accumulated and reduced in float32."""
+    wrapped = []
+    for number, chunk in enumerate(chunks):
+        module = Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk
+        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer)
+        wrapped.append(DistributedDataParallel(chunk.config, ddp, module, disable_bucketing=number > 0))
+    return wrapped

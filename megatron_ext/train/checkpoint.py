@@ -1,0 +1,196 @@
+"""Checkpoints: what is in them, how they are published, found, verified and loaded.
+
+A checkpoint is a directory `step_00001000/` with megatron's `torch_dist` shards, the tokenizer, and `run.json`, written last.
+It is put together aside and published by one rename, so a reader sees a whole checkpoint or none. The newest one is found by
+listing, not stored. Layers are saved one by one under their own names, which is what lets a converter read tensor by tensor
+and any pipeline layout load what another saved.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies.base import StrategyAction, get_default_strategy
+
+from megatron_ext.errors import UserError
+from megatron_ext.train.preflight import RunSetup
+
+FORMAT = 1
+RUN_FILE = "run.json"
+TOKENIZER_FOLDER = "tokenizer"
+# Layers under their own names; optimizer shards gathered so that any layout can load them.
+SHARDING = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def checkpoint_name(step: int) -> str:
+    """Directory name of the checkpoint after `step` completed steps."""
+    return f"step_{step:08d}"
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The published checkpoints of a run, oldest first."""
+    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name) and (path / RUN_FILE).is_file()]
+    return sorted(found)
+
+
+def read_run_file(checkpoint: Path) -> dict[str, Any]:
+    """The checkpoint's `run.json`.
+
+    Raises:
+        UserError: it is missing or broken.
+    """
+    path = checkpoint / RUN_FILE
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{checkpoint} is not a complete checkpoint: there is no {path}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from error
+    if record.get("format") != FORMAT:
+        raise UserError(f"{path} has format {record.get('format')}: this version reads format {FORMAT}")
+    return record
+
+
+def sharded_state(chunks: Sequence[torch.nn.Module], optimizer: Any | None, is_loading: bool) -> dict[str, Any]:
+    """What is saved, as megatron's sharded tensors.
+
+    Args:
+        chunks: this rank's model chunks, without their wrappers.
+        optimizer: megatron's optimizer, or None for the weights alone.
+        is_loading: the tensors are to be filled.
+    """
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    metadata = {**SHARDING, "dp_cp_group": group}
+    model: dict[str, Any] = {}
+    state: dict[str, Any] = {}
+    for number, chunk in enumerate(chunks):
+        name = "model" if len(chunks) == 1 else f"model{number}"
+        state[name] = chunk.sharded_state_dict(metadata=metadata)
+        model.update({f"{name}.{key}" if len(chunks) > 1 else key: value for key, value in state[name].items()})
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(
+            model if len(chunks) == 1 else _by_chunk(state), is_loading=is_loading, metadata=metadata
+        )
+    return state
+
+
+def _by_chunk(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: part for name, part in state.items() if name.startswith("model")}
+
+
+def save_checkpoint(
+    folder: Path, setup: RunSetup, record: dict[str, Any], chunks: Sequence[torch.nn.Module], optimizer: Any
+) -> Path:
+    """Write and publish a checkpoint; all ranks call it together.
+
+    Args:
+        folder: the run's checkpoint folder.
+        setup: the run.
+        record: what `run.json` says of the run's progress; must hold `step`.
+        chunks: this rank's model chunks, without their wrappers.
+        optimizer: megatron's optimizer.
+
+    Returns:
+        The published directory.
+    """
+    final = folder / checkpoint_name(record["step"])
+    aside = folder / f".writing-{final.name}"
+    is_first = torch.distributed.get_rank() == 0
+    if is_first:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    torch.distributed.barrier()
+    strategy = get_default_strategy(StrategyAction.SAVE_SHARDED, "torch_dist", 1)
+    dist_checkpointing.save(sharded_state(chunks, optimizer, is_loading=False), str(aside), strategy)
+    torch.distributed.barrier()
+    if is_first:
+        _copy_tokenizer(setup.tokenizer.source, aside / TOKENIZER_FOLDER)
+        _write_run_file(aside, setup, record)
+        _check_files(aside)
+        shutil.rmtree(final, ignore_errors=True)  # left by a run that was continued from an earlier step
+        aside.rename(final)
+    torch.distributed.barrier()
+    return final
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target)
+    else:
+        target.mkdir()
+        shutil.copy(source, target / source.name)
+
+
+def _write_run_file(aside: Path, setup: RunSetup, record: dict[str, Any]) -> None:
+    source = setup.tokenizer.source
+    files = sorted(path for path in aside.rglob("*") if path.is_file())
+    full = {
+        "format": FORMAT,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **record,
+        "encoder": vars(setup.encoder),
+        "vocab_size": setup.vocab_size,
+        "padded_vocab_size": setup.padded_vocab_size,
+        "tokenizer": {
+            "path": TOKENIZER_FOLDER if source.is_dir() else f"{TOKENIZER_FOLDER}/{source.name}",
+            "fingerprint": setup.tokenizer.fingerprint,
+        },
+        "data": setup.data_record,
+        "parallel": vars(setup.layout),
+        "backend": setup.backend.name,
+        "config": setup.config.as_dict(),
+        "versions": {name: metadata.version(name) for name in ("torch", "megatron-core")},
+        "files": {str(path.relative_to(aside)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files},
+    }
+    with open(aside / RUN_FILE, "w") as file:
+        json.dump(full, file, indent=1)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _check_files(checkpoint: Path) -> None:
+    """What was written can be read: the run file parses, and every shard that megatron's index names is there."""
+    read_run_file(checkpoint)
+    index = torch.distributed.checkpoint.FileSystemReader(str(checkpoint)).read_metadata()
+    for storage in {info.relative_path for info in index.storage_data.values()}:
+        assert (checkpoint / storage).is_file(), f"{checkpoint / storage} is named in the index and was not written"
+
+
+def load_checkpoint(checkpoint: Path, chunks: Sequence[torch.nn.Module], optimizer: Any | None) -> None:
+    """Fill the model, and the optimizer if there is one, from a checkpoint saved at any layout.
+
+    Args:
+        checkpoint: a published checkpoint.
+        chunks: this rank's model chunks, without their wrappers.
+        optimizer: megatron's optimizer, or None.
+    """
+    wanted = sharded_state(chunks, optimizer, is_loading=True)
+    strategy = get_default_strategy(StrategyAction.LOAD_SHARDED, "torch_dist", 1)
+    state = dist_checkpointing.load(wanted, str(checkpoint), strategy)
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(state["model" if len(chunks) == 1 else f"model{number}"])
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"])
+
+
+def remove_old_checkpoints(folder: Path, keep_last: int, edges: set[int]) -> None:
+    """Keep the newest `keep_last` interval checkpoints, and those at the steps in `edges` for ever; 0 keeps all."""
+    if keep_last == 0:
+        return
+    passing = [path for path in complete_checkpoints(folder) if int(path.name.removeprefix("step_")) not in edges]
+    for path in passing[:-keep_last]:
+        shutil.rmtree(path)

@@ -1,0 +1,159 @@
+"""Everything that can be wrong with a run is found here, before any process group or model exists."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_ext.config import DataSource, RunConfig
+from megatron_ext.data.corpus import read_dataset_info
+from megatron_ext.data.dataset import Blend, dataset_fingerprint, open_blend
+from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_ext.errors import UserError
+from megatron_ext.model.encoder import padded_vocab_size
+from megatron_ext.model.presets import EncoderConfig, build_encoder_config
+from megatron_ext.objective import OBJECTIVES, PhasePlan, Vocabulary
+from megatron_ext.runtime.backend import Backend, choose_backend
+from megatron_ext.runtime.topology import Layout, check_layout
+
+
+@dataclass(frozen=True)
+class RunSetup:
+    """A configuration that was checked, and what it resolves to."""
+
+    config: RunConfig
+    encoder: EncoderConfig
+    tokenizer: Tokenizer
+    vocabulary: Vocabulary
+    plan: PhasePlan
+    layout: Layout
+    backend: Backend
+    training_data: Blend
+    validation_data: Blend | None
+    data_record: list[dict[str, Any]]
+    """What was read: prefix, weight, fingerprint of each set."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that belong to tokens."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return padded_vocab_size(self.vocab_size, self.layout.tensor)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Numbers of weights and activations."""
+        return torch.bfloat16 if self.config.training.precision == "bf16" else torch.float32
+
+
+def prepare(config: RunConfig, world_size: int) -> RunSetup:
+    """Check a configuration against the tokenizer, the data and the number of ranks.
+
+    Raises:
+        UserError: the first thing that does not fit.
+    """
+    encoder = build_encoder_config(config.model)
+    if config.data.sequence_length > encoder.max_position_embeddings:
+        raise UserError(
+            f"data.sequence_length {config.data.sequence_length} is above model.max_position_embeddings "
+            f"{encoder.max_position_embeddings}: raise the latter or shorten the samples"
+        )
+    layout = _check_layout(config, encoder, world_size)
+    plan = PhasePlan.from_config(config)
+    _check_schedule(config, plan)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    vocabulary = _vocabulary(config, tokenizer)
+    data_record = [_check_source(source, tokenizer) for source in [*config.data.train, *config.data.validation]]
+    training_data, validation_data = _open_data(config)
+    return RunSetup(
+        config=config,
+        encoder=encoder,
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        plan=plan,
+        layout=layout,
+        backend=choose_backend(config.training.backend),
+        training_data=training_data,
+        validation_data=validation_data,
+        data_record=data_record,
+    )
+
+
+def _check_layout(config: RunConfig, encoder: EncoderConfig, world_size: int) -> Layout:
+    shards = {
+        "model.num_attention_heads": encoder.num_attention_heads,
+        "model.num_query_groups": encoder.num_query_groups,
+        "model.ffn_hidden_size": encoder.ffn_hidden_size,
+        "the tokens of a micro-batch,": config.training.micro_batch_size * config.data.sequence_length,
+    }
+    layout = check_layout(config.parallel, config.training, encoder.num_layers, shards, world_size)
+    if config.validation.interval:
+        # Every rank runs the same number of micro-batches, and the interleaved schedule wants a multiple of its stages.
+        multiple = config.training.micro_batch_size * layout.data * (layout.pipeline if layout.virtual_pipeline > 1 else 1)
+        if config.validation.samples % multiple:
+            raise UserError(
+                f"validation.samples is {config.validation.samples}: with training.micro_batch_size "
+                f"{config.training.micro_batch_size} and the layout {layout} it must be a multiple of {multiple}"
+            )
+    return layout
+
+
+def _check_schedule(config: RunConfig, plan: PhasePlan) -> None:
+    needed = config.optimizer.warmup_steps + config.optimizer.decay_steps
+    for phase in plan.phases:
+        start, end = plan.schedule_segment(phase.start_step)
+        if needed > end - start:
+            raise UserError(
+                f"optimizer.warmup_steps {config.optimizer.warmup_steps} + decay_steps {config.optimizer.decay_steps} do not "
+                f"fit into the {end - start} steps of the schedule that starts at step {start}"
+            )
+    stop = config.training.stop_at_step
+    if stop is not None and stop > plan.total_steps:
+        raise UserError(f"training.stop_at_step is {stop}: the plan has {plan.total_steps} steps")
+
+
+def _vocabulary(config: RunConfig, tokenizer: Tokenizer) -> Vocabulary:
+    masks = any(OBJECTIVES[name].corrupts for phase in PhasePlan.from_config(config).phases for name in phase.weights)
+    if tokenizer.mask_id is None and (masks or config.validation.interval):
+        raise UserError(
+            f"data.tokenizer {config.data.tokenizer} has no mask token: masked phases and validation need one "
+            "(tools/train_tokenizer.py makes tokenizers that have it)"
+        )
+    is_special = np.zeros(tokenizer.vocab_size, dtype=bool)
+    is_special[list(tokenizer.special_ids)] = True
+    # Without masked objectives the mask id is never used.
+    mask_id = 0 if tokenizer.mask_id is None else tokenizer.mask_id
+    return Vocabulary(mask_id=mask_id, is_special=is_special, starts_word=tokenizer.pieces_start_word)
+
+
+def _check_source(source: DataSource, tokenizer: Tokenizer) -> dict[str, Any]:
+    for ending in (".bin", ".idx"):
+        if not Path(source.prefix + ending).is_file():
+            raise UserError(f"data set {source.prefix}: there is no file {source.prefix}{ending}")
+    info = read_dataset_info(Path(source.prefix))
+    if info is not None and info.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"data set {source.prefix} was tokenized with another tokenizer (fingerprint {info.tokenizer_fingerprint[:12]}) than "
+            f"data.tokenizer {tokenizer.source} ({tokenizer.fingerprint[:12]})"
+        )
+    fingerprint = dataset_fingerprint(source.prefix)
+    return {"prefix": source.prefix, "weight": source.weight, "fingerprint": fingerprint, "tokenizer_known": info is not None}
+
+
+def _open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
+    data, seed = config.data, config.training.seed
+    whole = (1.0, 0.0, 0.0)
+    shares = whole if data.validation else data.split
+    training = open_blend(data.train, 0, shares, data.sequence_length, seed)
+    if not config.validation.interval:
+        return training, None
+    if data.validation:
+        validation = open_blend(data.validation, 0, whole, data.sequence_length, seed)
+    else:
+        validation = open_blend(data.train, 1, shares, data.sequence_length, seed)
+    return training, validation

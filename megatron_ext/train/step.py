@@ -1,0 +1,134 @@
+"""One optimizer step: megatron's schedule over this rank's micro-batches, and the sums that are reported."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_ext.data.batch import MicroBatch
+from megatron_ext.model.flops import attended_length
+from megatron_ext.objective import OBJECTIVES
+
+Report = dict[str, torch.Tensor]
+
+
+def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    """megatron's forward step: the stage's output, and the function that turns the last stage's into a loss.
+
+    The loss function returns the sum of the losses and the number of predicted tokens; megatron divides the gradients by the
+    number over all micro-batches and data-parallel ranks. Zero predicted tokens are legal.
+    """
+    batch = next(batches)
+    output = model(batch)
+    count = batch.target_ids.numel()
+
+    def sums(loss_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Report]:
+        return loss_sum, torch.tensor(count, dtype=torch.int), {batch.objective.name: loss_sum.detach()}
+
+    return output, sums
+
+
+def run_schedule(
+    chunks: list[torch.nn.Module], batches: Sequence[MicroBatch], tokens: int, device: torch.device, forward_only: bool
+) -> "Sums":
+    """Run micro-batches forward (and backward) through the pipeline.
+
+    Args:
+        chunks: this rank's model chunks; more than one when interleaved.
+        batches: the micro-batches of this data-parallel rank.
+        tokens: tokens in each of them.
+        device: where the model is.
+        forward_only: no gradients.
+
+    Returns:
+        This data-parallel rank's sums.
+    """
+    on_device = [batch.to(device) for batch in batches]
+    iterators = [iter(on_device) for _ in chunks]
+    reports: list[Report] = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(batches),
+        seq_length=tokens,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    sums = Sums(device)
+    sums.add(batches, reports)
+    return sums
+
+
+@dataclass
+class Sums:
+    """What a number of micro-batches add up to; `reduce` sums it over the ranks."""
+
+    device: torch.device
+    losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Sum of losses by objective; only on the last pipeline stage. Stays on the device."""
+    predicted: dict[str, int] = field(default_factory=dict)
+    """Predicted tokens by objective."""
+    tokens: int = 0
+    attended: float = 0.0
+    """Sum over tokens of the length each attends to."""
+
+    def add(self, batches: Sequence[MicroBatch], reports: Sequence[Report]) -> None:
+        """Count micro-batches and the losses the last stage reports for them."""
+        for report in reports:
+            for name, loss in report.items():
+                self.losses[name] = self.losses.get(name, torch.zeros((), device=self.device)) + loss
+        for batch in batches:
+            name = batch.objective.name
+            self.predicted[name] = self.predicted.get(name, 0) + batch.target_ids.numel()
+            self.tokens += batch.input_ids.numel()
+            self.attended += attended_length(np.asarray(batch.segment_lengths), batch.causal)
+
+    def merge(self, other: "Sums") -> None:
+        """Add another sum of the same rank."""
+        for name, loss in other.losses.items():
+            self.losses[name] = self.losses.get(name, torch.zeros((), device=self.device)) + loss
+        for name, count in other.predicted.items():
+            self.predicted[name] = self.predicted.get(name, 0) + count
+        self.tokens += other.tokens
+        self.attended += other.attended
+
+    def reduce(self) -> "GlobalSums":
+        """Sum over all ranks. One collective, and the only point that waits for the device."""
+        names = list(OBJECTIVES)
+        first = parallel_state.get_tensor_model_parallel_rank() == 0
+        counts = first and parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+        losses = first and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        host = [float(self.predicted.get(name, 0)) for name in names] + [float(self.tokens), self.attended]
+        zero = torch.zeros((), device=self.device)
+        values = torch.cat(
+            [
+                torch.stack([self.losses.get(name, zero) if losses else zero for name in names]).double(),
+                torch.tensor(host, dtype=torch.float64, device=self.device) * counts,
+            ]
+        )
+        torch.distributed.all_reduce(values)
+        numbers = values.tolist()
+        return GlobalSums(
+            losses=dict(zip(names, numbers[:3], strict=True)),
+            predicted={name: round(count) for name, count in zip(names, numbers[3:6], strict=True)},
+            tokens=round(numbers[6]),
+            attended=numbers[7],
+        )
+
+
+@dataclass(frozen=True)
+class GlobalSums:
+    """Sums over all ranks, as plain numbers."""
+
+    losses: dict[str, float]
+    predicted: dict[str, int]
+    tokens: int
+    attended: float
+
+    def mean_losses(self) -> dict[str, float]:
+        """Mean loss in nats per predicted token, for the objectives that predicted any."""
+        return {name: self.losses[name] / count for name, count in self.predicted.items() if count}

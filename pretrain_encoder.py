@@ -1,0 +1,24 @@
+"""Entry point of pretraining: `torchrun --nproc-per-node 2 pretrain_encoder.py --config FILE.yaml [--section.field value ...]`."""
+
+import sys
+
+from megatron_ext.config import load_config
+from megatron_ext.errors import run_command
+
+
+def main() -> None:
+    """Parse the configuration and run the trainer, or show the configuration."""
+    config, only_print = load_config(sys.argv[1:])
+    if only_print:
+        from megatron_ext.train.show import print_config
+
+        print_config(config)
+        return
+    from megatron_ext.train.trainer import train
+
+    train(config)
+
+
+if __name__ == "__main__":
+    # The guard matters: checkpoint writing starts processes that import this file.
+    run_command(main)

@@ -1,0 +1,84 @@
+"""Names and layouts of the exported tensors, against transformers' own models and against row labels."""
+
+import pytest
+import torch
+
+from megatron_ext.hf.weight_files import parse_size, plan_shards
+from megatron_ext.hf.weight_map import FAMILIES, SplitGateUp, SplitQKV, StripVocabularyPadding, llama
+from megatron_ext.model.presets import EncoderConfig
+
+SHAPES = {
+    "plain": EncoderConfig(num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=4, head_dim=8),
+    "grouped": EncoderConfig(
+        num_layers=3, hidden_size=48, ffn_hidden_size=80, num_attention_heads=6, num_query_groups=2, head_dim=16
+    ),
+    "tied": EncoderConfig(
+        num_layers=1, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=1, head_dim=8, tie_embeddings=True
+    ),
+}
+
+
+def test_qkv_rows_go_to_their_heads():
+    heads, groups, width = 6, 2, 4
+    labels, rows = [], []
+    for group in range(groups):
+        kinds = [("q", group * 3 + i) for i in range(3)] + [("k", group), ("v", group)]
+        labels += [(kind, head, row) for kind, head in kinds for row in range(width)]
+    rows = torch.arange(len(labels), dtype=torch.float32)[:, None].expand(-1, 10).contiguous()
+    parts = SplitQKV(heads, groups, width, 10).to_hf(rows)
+    for kind, part, count in zip("qkv", parts, (heads, groups, groups), strict=True):
+        expected = [(kind, head, row) for head in range(count) for row in range(width)]
+        assert [labels[int(value)] for value in part[:, 0]] == expected
+
+
+def test_gate_comes_before_up():
+    gate, up = SplitGateUp(3, 2).to_hf(torch.arange(12.0).view(6, 2))
+    assert gate.tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert up.tolist() == [[6, 7], [8, 9], [10, 11]]
+
+
+def test_padding_rows_are_dropped():
+    (stripped,) = StripVocabularyPadding(1003, 1024, 2).to_hf(torch.arange(2048.0).view(1024, 2))
+    assert torch.equal(stripped, torch.arange(2006.0).view(1003, 2))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_table_names_every_weight_of_the_transformers_class(family, shape):
+    import transformers
+
+    encoder = SHAPES[shape]
+    config_class = transformers.LlamaConfig if family == "llama" else transformers.EuroBertConfig
+    config = config_class(
+        vocab_size=1003,
+        hidden_size=encoder.hidden_size,
+        intermediate_size=encoder.ffn_hidden_size,
+        num_hidden_layers=encoder.num_layers,
+        num_attention_heads=encoder.num_attention_heads,
+        num_key_value_heads=encoder.num_query_groups,
+        head_dim=encoder.head_dim,
+        tie_word_embeddings=encoder.tie_embeddings,
+        pad_token_id=0,
+    )
+    with torch.device("meta"):
+        model = getattr(transformers, FAMILIES[family].architecture)(config)
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    mapped = {}
+    for mapping in FAMILIES[family].mappings(encoder, 1003, 1024):
+        tensors = mapping.to_hf(torch.empty(mapping.converter.megatron_shape, device="meta"))
+        assert [tuple(tensor.shape) for tensor in tensors.values()] == list(mapping.converter.hf_shapes)
+        mapped |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert mapped == expected
+
+
+def test_shards_keep_order_and_limit():
+    mappings = llama(SHAPES["grouped"], 1003, 1024)
+    shards = plan_shards(mappings, itemsize=2, largest_file=60_000)
+    assert [mapping for shard in shards for mapping in shard] == mappings
+    assert len(shards) > 3
+    for shard in shards:
+        assert len(shard) == 1 or sum(mapping.parameters for mapping in shard) * 2 <= 60_000
+
+
+def test_sizes_are_decimal():
+    assert (parse_size("5GB"), parse_size("500 mb"), parse_size("1234")) == (5 * 10**9, 500 * 10**6, 1234)
