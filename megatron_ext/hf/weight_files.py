@@ -57,15 +57,13 @@ def write_weights(
     Raises:
         UserError: a weight is not finite, or cannot be read.
     """
-    from safetensors.torch import save_file
-
     shards = plan_shards(mappings, dtype.itemsize, largest_file)
     names = _file_names(len(shards))
     for name, shard in zip(names, shards, strict=True):
         tensors: dict[str, Tensor] = {}
         for mapping in shard:
             tensors |= {hf: tensor.contiguous() for hf, tensor in mapping.to_hf(_read(reader, mapping, dtype)).items()}
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+        _save(tensors, folder / name)
     if len(shards) > 1:
         files = {hf: name for name, shard in zip(names, shards, strict=True) for mapping in shard for hf in mapping.hf_names}
         parameters = sum(mapping.parameters for mapping in mappings)
@@ -73,6 +71,16 @@ def write_weights(
         index = json.dumps({"metadata": metadata, "weight_map": files}, indent=2, sort_keys=True)
         (folder / "model.safetensors.index.json").write_text(index + "\n", encoding="utf-8")
     return names
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    # safetensors makes files that only their owner can read; a model folder is there to be handed on.
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def plan_shards(mappings: list[Mapping], itemsize: int, largest_file: int) -> list[list[Mapping]]:

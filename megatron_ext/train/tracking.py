@@ -5,6 +5,7 @@ JSONL file, which holds every metric.
 """
 
 import json
+import logging
 import os
 import queue
 import sys
@@ -172,12 +173,10 @@ class MlflowTracker:
 
     def _open(self) -> Any:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        import logging
-
         from mlflow.tracking import MlflowClient
 
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        tracking = self._config.tracking
+        for noisy in ("alembic", "mlflow.store.db.utils"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
         client = MlflowClient(tracking_uri=tracking_uri(self._config))
         if self._run_id is None:
             self._run_id = self._create_run(client)

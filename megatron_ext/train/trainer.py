@@ -177,7 +177,7 @@ class Trainer:
             **metrics,
             **self.speed.read(sums, flops, steps),
             **{f"total/{name}": value for name, value in self.counters.as_dict().items()},
-            "phase": phase.index,
+            "phase_index": phase.index,
         }
         self.trackers.log(self.step, metrics, phase.name)
 

@@ -38,6 +38,15 @@ GROUPED = EncoderConfig(
 TIED = dataclasses.replace(GROUPED, num_query_groups=6, head_dim=8, tie_embeddings=True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These matrices are too small for more, and threads that wait for a busy core take ten times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tokenizer_file(tmp_path_factory):
     """A SentencePiece model with 1003 pieces."""
@@ -168,6 +177,8 @@ def test_export_equals_an_independent_forward_pass(tmp_path, tokenizer_file, enc
     assert (tmp_path / "model/generation_config.json").exists() is causal
     card = (tmp_path / "model/README.md").read_text()
     assert "| 1-mlm | 30 | 40 | 0.4 |" in card and "123,456" in card and "float32" in card
+    modes = {path.stat().st_mode for path in (tmp_path / "model").iterdir()}
+    assert len(modes) == 1, "the weights are as readable as the rest"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "model"]
 
 
@@ -203,6 +214,18 @@ def test_weights_in_several_files_load_as_one_model(tmp_path, tokenizer_file):
     assert set(index["weight_map"].values()) == set(report.weight_files)
     stored = sum((tmp_path / "model" / name).stat().st_size for name in report.weight_files)
     assert 0 < stored - index["metadata"]["total_size"] < 10_000
+
+
+def test_hugging_face_tokenizer_folder_is_carried_over(tmp_path, tokenizer_file):
+    from megatron_ext.data.tokenizer import load_tokenizer
+
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", tokenizer_file)
+    load_tokenizer(tokenizer_file).to_fast().save_pretrained(checkpoint / "tokenizer")
+    run = json.loads((checkpoint / "run.json").read_text())
+    run["tokenizer"] = {"path": "tokenizer", "fingerprint": load_tokenizer(checkpoint / "tokenizer").fingerprint}
+    (checkpoint / "run.json").write_text(json.dumps(run))
+    report = export_checkpoint(checkpoint, tmp_path / "model", reference_logits=dense_logits(GROUPED, causal=False))
+    assert report.verifications[0].texts == len(verification_texts())
 
 
 def test_rounding_to_bfloat16_is_verified_before_and_after(tmp_path, tokenizer_file):

@@ -1,0 +1,40 @@
+"""Package metadata. `pip install -e '.[dev]' -c constraints.txt` gives the tested set of versions."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron_ext",
+    version="0.1.0",
+    description="Pretrain text encoders on megatron-core with any sequence of CLM, MLM and MNTP phases",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_ext", "megatron_ext.*"]),
+    package_data={"megatron_ext": ["hf/*.txt"]},
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1,<0.20",  # 0.17 and newer need Python 3.12: pip takes the newest that fits
+        "transformers>=5.0,<6",  # native EuroBERT
+        "tokenizers>=0.22",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2",
+        "protobuf>=5",  # SentencePiece models are read through their protobuf definition
+        "mlflow>=3.1,<4",
+        "jsonargparse[signatures]>=4.40",
+        "numpy>=2.0",
+        "psutil>=6.0",  # megatron-core's checkpoint writer needs it and does not say so
+        "pyarrow>=18",
+        "zstandard>=0.23",
+        "PyYAML>=6.0",
+        "matplotlib>=3.9",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]>=2.1"],
+        "dev": ["pytest>=8.3", "pytest-timeout>=2.3", "ruff>=0.9", "setuptools>=77"],
+    },
+)
