@@ -4,7 +4,9 @@ python tools/convert_checkpoint.py export RUN/checkpoints/step_00001000 MODEL_FO
 """
 
 import argparse
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from megatron_ext.errors import run_command
@@ -31,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=True,
         help="reload the folder and compare ids, logits and direction of attention with the training code (default: on)",
     )
+    export.add_argument("--report", type=Path, help="write the figures of the verification to this JSON file")
     return parser
 
 
@@ -67,6 +70,8 @@ def main() -> int:
             f"verified as {checked.weights}: largest difference of a logit {checked.max_abs_diff:.2e} (limit {LIMIT:.0e}) "
             f"over {checked.tokens} tokens, token ids equal on {checked.texts} texts"
         )
+    if arguments.report and report.verifications:
+        arguments.report.write_text(json.dumps(asdict(report.verifications[-1]), indent=1) + "\n")
     if report.rounding is not None:
         print(f"rounding moves a logit by {report.rounding[0]:.2g} at most, {report.rounding[1]:.2g} on average")
     if not report.verifications:

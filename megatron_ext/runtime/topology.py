@@ -1,6 +1,8 @@
 """The layout of the ranks: sizes that must fit together, process groups, and this rank's place in them."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -95,11 +97,27 @@ def rank_from_environment() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def initialize(layout: Layout, backend: Backend, timeout: timedelta = timedelta(minutes=10)) -> None:
-    """Create the default process group and megatron's groups for this layout, and bind the device.
+@contextmanager
+def process_groups(layout: Layout, backend: Backend, timeout: timedelta = timedelta(minutes=10)) -> Iterator[None]:
+    """Context with megatron's groups for this layout, and with the device bound.
 
-    Without torchrun a group of one rank is made on a free local port.
+    The default process group is made if there is none: from torchrun's environment, or of this one rank on a free local
+    port. What was made is destroyed at the end.
     """
+    makes_default = not torch.distributed.is_initialized()
+    initialize(layout, backend, timeout)
+    try:
+        yield
+    finally:
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        if makes_default:
+            torch.distributed.destroy_process_group()
+
+
+def initialize(layout: Layout, backend: Backend, timeout: timedelta = timedelta(minutes=10)) -> None:
+    """Create the default process group, if there is none, and megatron's groups for this layout; bind the device."""
     from megatron.core import parallel_state
 
     if backend.device.type == "cuda":
@@ -116,11 +134,3 @@ def initialize(layout: Layout, backend: Backend, timeout: timedelta = timedelta(
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
     )
 
-
-def shut_down() -> None:
-    """Destroy megatron's groups and the default process group."""
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

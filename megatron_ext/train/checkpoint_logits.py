@@ -12,7 +12,7 @@ from megatron_ext.model.presets import EncoderConfig
 from megatron_ext.objective import OBJECTIVES, Example
 from megatron_ext.runtime.backend import Backend
 from megatron_ext.runtime.cpu import patch_megatron
-from megatron_ext.runtime.topology import check_layout, initialize, shut_down
+from megatron_ext.runtime.topology import check_layout, process_groups
 from megatron_ext.train.build import build_model
 from megatron_ext.train.checkpoint import load_checkpoint, read_run_file
 
@@ -36,14 +36,10 @@ def checkpoint_logits(checkpoint: Path, token_rows: Sequence[Sequence[int]]) -> 
     encoder = EncoderConfig(**record["encoder"])
     patch_megatron()
     layout = check_layout(ParallelConfig(), TrainingConfig(), encoder.num_layers, {}, world_size=1)
-    initialize(layout, ON_CPU)
-    try:
+    with process_groups(layout, ON_CPU), torch.no_grad():
         chunks = build_model(encoder, record["vocab_size"], layout, ON_CPU, torch.float32, seed=0)
         load_checkpoint(checkpoint, chunks, optimizer=None)
-        with torch.no_grad():
-            return [chunks[0](_row(row, record["causal"]), return_logits=True)[:, : record["vocab_size"]] for row in token_rows]
-    finally:
-        shut_down()
+        return [chunks[0](_row(row, record["causal"]), return_logits=True)[:, : record["vocab_size"]] for row in token_rows]
 
 
 def _row(token_ids: Sequence[int], causal: bool) -> MicroBatch:

@@ -14,7 +14,7 @@ from megatron_ext.data.loader import BatchBuilder, TrainingLoader
 from megatron_ext.model.encoder import EncoderModel
 from megatron_ext.objective import OBJECTIVES
 from megatron_ext.runtime.cpu import patch_megatron
-from megatron_ext.runtime.topology import initialize, rank_from_environment, shut_down, world_size_from_environment
+from megatron_ext.runtime.topology import process_groups, rank_from_environment, world_size_from_environment
 from megatron_ext.train.build import build_model, wrap_model
 from megatron_ext.train.checkpoint import load_checkpoint, read_run_file, remove_old_checkpoints, save_checkpoint
 from megatron_ext.train.metrics import Counters, SpeedMeter, peak_flops, step_flops
@@ -39,27 +39,21 @@ def train(config: RunConfig) -> None:
         check_continues(setup, record)
     use_all_cores()
     patch_megatron()
-    initialize(setup.layout, setup.backend)
-    trackers = build_trackers(
-        config,
-        first_step=record["step"] if record else 0,
-        total_steps=setup.plan.total_steps,
-        run_id=record["mlflow_run_id"] if record else None,
-        is_first_rank=rank_from_environment() == 0,
-    )
-    status: Status = "FAILED"
-    try:
-        signal.signal(signal.SIGTERM, _stop_on_signal)
-        trainer = Trainer.build(setup, trackers)
-        if checkpoint and record:
-            trainer.restore(checkpoint, record)
-        status = trainer.run()
-    except (KeyboardInterrupt, SystemExit):
-        status = "KILLED"
-        raise
-    finally:
-        trackers.finish(status)
-    shut_down()
+    with process_groups(setup.layout, setup.backend):
+        run_id = record["mlflow_run_id"] if record else None
+        trackers = build_trackers(config, record["step"] if record else 0, setup.plan.total_steps, run_id, rank_from_environment() == 0)
+        status: Status = "FAILED"
+        try:
+            signal.signal(signal.SIGTERM, _stop_on_signal)
+            trainer = Trainer.build(setup, trackers)
+            if checkpoint and record:
+                trainer.restore(checkpoint, record)
+            status = trainer.run()
+        except (KeyboardInterrupt, SystemExit):
+            status = "KILLED"
+            raise
+        finally:
+            trackers.finish(status)
 
 
 def use_all_cores() -> None:

@@ -1,0 +1,196 @@
+"""Whole runs with real processes: resumes are exact, layouts agree, phases switch at their edges on every rank."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ext.config import from_dict
+from tests.conftest import Corpus
+from tests.distributed.launch import run_on_ranks
+
+EDGE, TOTAL, SAVED = 4, 8, 2
+LAYOUTS = {
+    "TP2+SP": (2, {"tensor": 2}),
+    "PP2 interleaved": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "DP2 distributed optimizer": (2, {"distributed_optimizer": True}),
+    "TP2 x PP2": (4, {"tensor": 2, "pipeline": 2}),
+}
+# Six optimizer steps in float32 in another summation order; AdamW divides by small second moments, which amplifies rounding.
+WEIGHT_TOLERANCE = 2e-4
+LOSS_TOLERANCE = 1e-4
+
+
+def config_tree(corpus: Corpus, output_dir: Path, parallel: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Four steps of CLM, then four of MLM."""
+    return {
+        "output_dir": str(output_dir),
+        "data": {
+            "tokenizer": str(corpus.tokenizer),
+            "train": [{"prefix": str(corpus.prefix)}],
+            "split": [0.9, 0.1, 0.0],
+            "sequence_length": 64,
+        },
+        "model": {"preset": "nano"},
+        "phases": [{"objective": "clm", "steps": EDGE}, {"objective": "mlm", "steps": TOTAL - EDGE, "optimizer_state": "reset"}],
+        "parallel": parallel,
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2, "decay_steps": 2, "epsilon": 1e-6},
+        "training": {"micro_batch_size": 2, "global_batch_size": 16, "log_interval": 1, **changes.pop("training", {})},
+        "validation": {"interval": 4, "samples": 16},
+        "checkpoint": {"interval": 2},
+        "tracking": {"mlflow": False},
+        **changes,
+    }
+
+
+def run_training(trees: list[dict[str, Any]]) -> list[list[list[tuple[str, bool]]]]:
+    """Run the configurations one after the other in this rank.
+
+    Returns:
+        For each run and step the (objective, causal) of every micro-batch as the model got it.
+    """
+    from megatron_ext.model.encoder import EncoderModel
+    from megatron_ext.train.trainer import Trainer, train
+
+    seen: list[list[list[tuple[str, bool]]]] = []
+    forward, step = EncoderModel.forward, Trainer.train_step
+
+    def watched_step(self: Any, batches: Any) -> Any:
+        seen[-1].append([])
+        return step(self, batches)
+
+    def watched_forward(self: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            seen[-1][-1].append((batch.objective.name, batch.causal))
+        return forward(self, batch, *args, **kwargs)
+
+    EncoderModel.forward, Trainer.train_step = watched_forward, watched_step
+    for tree in trees:
+        seen.append([])
+        train(from_dict(tree))
+    return seen
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    folder: Path
+    seen_by_rank: list[list[list[tuple[str, bool]]]]
+
+    def checkpoint(self, step: int) -> Path:
+        return self.folder / f"checkpoints/step_{step:08d}"
+
+    def shard_sums(self, step: int) -> dict[str, str]:
+        """SHA-256 of the weights' and moments' files, taken here and not from the run's own records."""
+        import hashlib
+
+        files = sorted(self.checkpoint(step).glob("*.distcp"))
+        assert files
+        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+    def weights(self, step: int) -> dict[str, torch.Tensor]:
+        from megatron_ext.hf.checkpoint_reader import CheckpointReader
+
+        reader = CheckpointReader(self.checkpoint(step))
+        return {name: reader.read(name) for name in reader.tensors}
+
+    def losses(self) -> dict[tuple[int, str], float]:
+        """(step, metric) -> loss."""
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return {(line["step"], name): value for line in lines for name, value in line.items() if "loss" in name}
+
+
+@pytest.fixture(scope="session")
+def one_rank(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """A whole run, and the same continued from its checkpoint after step 2."""
+    folder = tmp_path_factory.mktemp("one_rank")
+    start = folder / f"whole/checkpoints/step_{SAVED:08d}"
+    trees = [config_tree(corpus, folder / "whole", {}), config_tree(corpus, folder / "resumed", {}, resume=str(start))]
+    results = run_on_ranks(run_training, 1, trees)
+    return {name: Run(folder / name, [rank[k] for rank in results]) for k, name in enumerate(("whole", "resumed"))}
+
+
+@pytest.fixture(scope="session", params=LAYOUTS)
+def other_layout(request: pytest.FixtureRequest, corpus: Corpus, one_rank: dict[str, Run], tmp_path_factory: Any) -> dict[str, Run]:
+    """At another layout: continued from the one-rank checkpoint; and a whole run there, continued from its own checkpoint."""
+    ranks, parallel = LAYOUTS[request.param]
+    folder = tmp_path_factory.mktemp("layout")
+    trees = [
+        config_tree(corpus, folder / "moved", parallel, resume=str(one_rank["whole"].checkpoint(SAVED))),
+        config_tree(corpus, folder / "whole", parallel),
+        config_tree(corpus, folder / "resumed", parallel, resume=str(folder / f"whole/checkpoints/step_{SAVED:08d}")),
+    ]
+    results = run_on_ranks(run_training, ranks, trees)
+    return {name: Run(folder / name, [rank[k] for rank in results]) for k, name in enumerate(("moved", "whole", "resumed"))}
+
+
+def test_resume_is_bitwise_exact_across_a_phase_edge(one_rank: dict[str, Run]) -> None:
+    assert one_rank["whole"].shard_sums(TOTAL) == one_rank["resumed"].shard_sums(TOTAL)
+    assert one_rank["whole"].shard_sums(EDGE) != one_rank["whole"].shard_sums(TOTAL)
+    whole = one_rank["whole"].losses()
+    assert all(whole[key] == loss for key, loss in one_rank["resumed"].losses().items())
+
+
+def test_resume_is_bitwise_exact_at_every_layout(other_layout: dict[str, Run]) -> None:
+    assert other_layout["whole"].shard_sums(TOTAL) == other_layout["resumed"].shard_sums(TOTAL)
+
+
+@pytest.mark.parametrize("name", ["moved", "whole"])
+def test_other_layouts_continue_and_train_like_one_rank(one_rank: dict[str, Run], other_layout: dict[str, Run], name: str) -> None:
+    expected = one_rank["whole"].weights(TOTAL)
+    found = other_layout[name].weights(TOTAL)
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        rows = min(len(tensor), len(found[key]))  # the vocabulary is padded further under tensor parallelism
+        torch.testing.assert_close(found[key][:rows], tensor[:rows], rtol=0, atol=WEIGHT_TOLERANCE, msg=lambda m, k=key: f"{k}: {m}")
+    losses, references = other_layout[name].losses(), one_rank["whole"].losses()
+    assert losses
+    for key, loss in losses.items():
+        assert loss == pytest.approx(references[key], abs=LOSS_TOLERANCE), key
+
+
+def test_every_rank_switches_objective_at_the_edge(one_rank: dict[str, Run], other_layout: dict[str, Run]) -> None:
+    for run, first in ((one_rank["whole"], 0), (one_rank["resumed"], SAVED), (other_layout["whole"], 0), (other_layout["moved"], SAVED)):
+        for steps in run.seen_by_rank:
+            assert len(steps) == TOTAL - first
+            for step, batches in enumerate(steps, start=first):
+                assert batches
+                assert set(batches) == ({("clm", True)} if step < EDGE else {("mlm", False)})
+
+
+def test_counters_are_exact(one_rank: dict[str, Run], other_layout: dict[str, Run]) -> None:
+    records = [json.loads((run.checkpoint(TOTAL) / "run.json").read_text()) for run in (one_rank["whole"], *other_layout.values())]
+    for record in records:
+        assert record["samples"] == TOTAL * 16
+        assert record["tokens"] == TOTAL * 16 * 64
+        assert record["predicted_tokens"] == records[0]["predicted_tokens"]
+        assert record["flops"] == pytest.approx(records[0]["flops"], rel=1e-12)
+    causal = json.loads((one_rank["whole"].checkpoint(EDGE) / "run.json").read_text())["causal"]
+    assert (causal, records[0]["causal"]) == (True, False)
+
+
+def test_stop_and_auto_resume_continue_the_same_run(corpus: Corpus, one_rank: dict[str, Run], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    stopped = config_tree(corpus, folder, {}, training={"stop_at_step": 5})
+    run_on_ranks(run_training, 1, [stopped, config_tree(corpus, folder, {}, resume="auto")])
+    assert Run(folder, []).shard_sums(TOTAL) == one_rank["whole"].shard_sums(TOTAL)
+    leftovers = [path.name for path in (folder / "checkpoints").iterdir() if not path.name.startswith("step_")]
+    assert leftovers == []
+
+
+def test_checkpoint_of_any_layout_exports_and_verifies(other_layout: dict[str, Run], tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    for step, architecture in ((EDGE, "LlamaForCausalLM"), (TOTAL, "EuroBertForMaskedLM")):
+        checkpoint = tmp_path / f"step_{step}"
+        shutil.copytree(other_layout["whole"].checkpoint(step), checkpoint)
+        command = [sys.executable, "tools/convert_checkpoint.py", "export", str(checkpoint), str(tmp_path / f"hf_{step}"), "--verify"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert architecture in done.stdout
