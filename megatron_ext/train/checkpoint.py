@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies.base import StrategyAction, get_default_strategy
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_ext.errors import UserError
+from megatron_ext.train.optimizer_state import adapt_loaded_state, redirect_master_weights
 from megatron_ext.train.preflight import RunSetup
 
 FORMAT = 1
@@ -165,7 +167,7 @@ def _sha256(path: Path) -> str:
 def _check_files(checkpoint: Path) -> None:
     """What was written can be read: the run file parses, and every shard that megatron's index names is there."""
     read_run_file(checkpoint)
-    index = torch.distributed.checkpoint.FileSystemReader(str(checkpoint)).read_metadata()
+    index = FileSystemReader(str(checkpoint)).read_metadata()
     for storage in {info.relative_path for info in index.storage_data.values()}:
         assert (checkpoint / storage).is_file(), f"{checkpoint / storage} is named in the index and was not written"
 
@@ -179,12 +181,16 @@ def load_checkpoint(checkpoint: Path, chunks: Sequence[torch.nn.Module], optimiz
         optimizer: megatron's optimizer, or None.
     """
     wanted = sharded_state(chunks, optimizer, is_loading=True)
+    if optimizer is not None:
+        stored = FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
+        redirect_master_weights(wanted["optimizer"], set(stored))
+        sharding = wanted["optimizer"].get("param_state_sharding_type")
     strategy = get_default_strategy(StrategyAction.LOAD_SHARDED, "torch_dist", 1)
     state = dist_checkpointing.load(wanted, str(checkpoint), strategy)
     for number, chunk in enumerate(chunks):
         chunk.load_state_dict(state["model" if len(chunks) == 1 else f"model{number}"])
     if optimizer is not None:
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict({**adapt_loaded_state(state["optimizer"], optimizer), "param_state_sharding_type": sharding})
 
 
 def remove_old_checkpoints(folder: Path, keep_last: int, edges: set[int]) -> None:

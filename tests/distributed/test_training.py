@@ -142,13 +142,17 @@ def test_resume_is_bitwise_exact_at_every_layout(other_layout: dict[str, Run]) -
 
 @pytest.mark.parametrize("name", ["moved", "whole"])
 def test_other_layouts_continue_and_train_like_one_rank(one_rank: dict[str, Run], other_layout: dict[str, Run], name: str) -> None:
-    expected = one_rank["whole"].weights(TOTAL)
-    found = other_layout[name].weights(TOTAL)
+    _assert_same_training(other_layout[name], one_rank["whole"])
+
+
+def _assert_same_training(run: Run, reference: Run) -> None:
+    """Same weights at the end and same losses on the way, up to rounding."""
+    expected, found = reference.weights(TOTAL), run.weights(TOTAL)
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         rows = min(len(tensor), len(found[key]))  # the vocabulary is padded further under tensor parallelism
         torch.testing.assert_close(found[key][:rows], tensor[:rows], rtol=0, atol=WEIGHT_TOLERANCE, msg=lambda m, k=key: f"{k}: {m}")
-    losses, references = other_layout[name].losses(), one_rank["whole"].losses()
+    losses, references = run.losses(), reference.losses()
     assert losses
     for key, loss in losses.items():
         assert loss == pytest.approx(references[key], abs=LOSS_TOLERANCE), key
@@ -172,6 +176,33 @@ def test_counters_are_exact(one_rank: dict[str, Run], other_layout: dict[str, Ru
         assert record["flops"] == pytest.approx(records[0]["flops"], rel=1e-12)
     causal = json.loads((one_rank["whole"].checkpoint(EDGE) / "run.json").read_text())["causal"]
     assert (causal, records[0]["causal"]) == (True, False)
+
+
+def test_checkpoint_of_any_layout_continues_on_one_rank(
+    corpus: Corpus, one_rank: dict[str, Run], other_layout: dict[str, Run], tmp_path: Path
+) -> None:
+    run_on_ranks(run_training, 1, [config_tree(corpus, tmp_path / "back", {}, resume=str(other_layout["whole"].checkpoint(SAVED)))])
+    _assert_same_training(Run(tmp_path / "back", []), one_rank["whole"])
+
+
+def test_bf16_resumes_exactly_and_moves_between_optimizers(corpus: Corpus, tmp_path: Path) -> None:
+    distributed = {"distributed_optimizer": True}
+    start = {name: str(tmp_path / f"{name}/checkpoints/step_{SAVED:08d}") for name in ("plain", "distributed")}
+    trees = [
+        config_tree(corpus, tmp_path / "plain", {}, training={"precision": "bf16"}),
+        config_tree(corpus, tmp_path / "distributed", distributed, training={"precision": "bf16"}),
+        config_tree(corpus, tmp_path / "plain_resumed", {}, training={"precision": "bf16"}, resume=start["plain"]),
+        config_tree(corpus, tmp_path / "plain_moved", distributed, training={"precision": "bf16"}, resume=start["plain"]),
+        config_tree(corpus, tmp_path / "distributed_resumed", distributed, training={"precision": "bf16"}, resume=start["distributed"]),
+        config_tree(corpus, tmp_path / "distributed_moved", {}, training={"precision": "bf16"}, resume=start["distributed"]),
+    ]
+    run_on_ranks(run_training, 2, trees)
+    runs = {Path(tree["output_dir"]).name: Run(Path(tree["output_dir"]), []) for tree in trees}
+    assert runs["plain"].shard_sums(TOTAL) == runs["plain_resumed"].shard_sums(TOTAL)
+    assert runs["distributed"].shard_sums(TOTAL) == runs["distributed_resumed"].shard_sums(TOTAL)
+    for moved in ("plain_moved", "distributed_moved"):
+        losses, expected = runs[moved].losses(), runs["plain"].losses()
+        assert losses == {key: pytest.approx(expected[key], abs=2e-3) for key in losses}  # bf16 keeps 8 bits
 
 
 def test_stop_and_auto_resume_continue_the_same_run(corpus: Corpus, one_rank: dict[str, Run], tmp_path: Path) -> None:
