@@ -16,14 +16,14 @@ class Corpus:
     prefix: Path
 
 
-def write_text(path: Path, documents: int, seed: int) -> None:
-    """JSONL of made-up sentences: 300 words with Zipf frequencies, documents of 5 to 120 words."""
+def write_text(path: Path, documents: int, seed: int, vocabulary: int = 300) -> None:
+    """JSONL of made-up sentences: words with Zipf frequencies, documents of 5 to 120 words."""
     import json
 
     generator = np.random.default_rng(seed)
     syllables = ["ba", "do", "ki", "lu", "me", "na", "po", "ri", "su", "te", "vo", "ze"]
-    words = ["".join(generator.choice(syllables, size=generator.integers(1, 5))) for _ in range(300)]
-    weights = 1 / np.arange(1, 301)
+    words = ["".join(generator.choice(syllables, size=generator.integers(1, 5))) for _ in range(vocabulary)]
+    weights = 1 / np.arange(1, vocabulary + 1)
     with open(path, "w") as file:
         for _ in range(documents):
             chosen = generator.choice(words, size=generator.integers(5, 120), p=weights / weights.sum())

@@ -20,8 +20,11 @@ class FusedAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ):
+        """Arguments as megatron passes them: `torch.optim.AdamW`'s, and two of FusedAdam's that may only have one value."""
         assert adam_w_mode, "only decoupled weight decay is implemented"
+        assert not capturable, "CUDA graphs are not implemented"
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()

@@ -34,7 +34,9 @@ def choose_backend(requested: Literal["auto", "local", "transformer_engine"]) ->
         UserError: Transformer Engine was asked for and cannot be used here.
     """
     has_gpu = torch.cuda.is_available()
-    missing = [name for name, present in (("a CUDA device", has_gpu), ("Transformer Engine", has_transformer_engine())) if not present]
+    missing = [
+        name for name, present in (("a CUDA device", has_gpu), ("Transformer Engine", has_transformer_engine())) if not present
+    ]
     if requested == "transformer_engine" and missing:
         raise UserError(
             f"training.backend is transformer_engine, but this machine has no {' and no '.join(missing)}: use auto or local"

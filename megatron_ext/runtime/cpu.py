@@ -158,4 +158,3 @@ def patch_torch_optimizer() -> None:
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distributed.HAVE_APEX_OR_TE = True
     distributed.USING_APEX_OPTIMIZER = True
-

@@ -35,7 +35,9 @@ class Layout:
         return training.global_batch_size // (training.micro_batch_size * self.data)
 
 
-def check_layout(parallel: ParallelConfig, training: TrainingConfig, num_layers: int, shards: dict[str, int], world_size: int) -> Layout:
+def check_layout(
+    parallel: ParallelConfig, training: TrainingConfig, num_layers: int, shards: dict[str, int], world_size: int
+) -> Layout:
     """Check that the sizes fit together. The only place where they are multiplied.
 
     Args:
@@ -133,4 +135,3 @@ def initialize(layout: Layout, backend: Backend, timeout: timedelta = timedelta(
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
     )
-

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.strategies.base import StrategyAction, get_default_strategy
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_ext.errors import UserError
@@ -110,8 +109,7 @@ def save_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     torch.distributed.barrier()
-    strategy = get_default_strategy(StrategyAction.SAVE_SHARDED, "torch_dist", 1)
-    dist_checkpointing.save(sharded_state(chunks, optimizer, is_loading=False), str(aside), strategy)
+    dist_checkpointing.save(sharded_state(chunks, optimizer, is_loading=False), str(aside))
     torch.distributed.barrier()
     if is_first:
         _copy_tokenizer(setup.tokenizer.source, aside / TOKENIZER_FOLDER)
@@ -185,8 +183,7 @@ def load_checkpoint(checkpoint: Path, chunks: Sequence[torch.nn.Module], optimiz
         stored = FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
         redirect_master_weights(wanted["optimizer"], set(stored))
         sharding = wanted["optimizer"].get("param_state_sharding_type")
-    strategy = get_default_strategy(StrategyAction.LOAD_SHARDED, "torch_dist", 1)
-    state = dist_checkpointing.load(wanted, str(checkpoint), strategy)
+    state = dist_checkpointing.load(wanted, str(checkpoint))
     for number, chunk in enumerate(chunks):
         chunk.load_state_dict(state["model" if len(chunks) == 1 else f"model{number}"])
     if optimizer is not None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import UserError
-from megatron_ext.train.checkpoint import complete_checkpoints, read_run_file
+from megatron_ext.train.checkpoint import complete_checkpoints
 from megatron_ext.train.preflight import RunSetup
 
 FIXED = ("model", "data.sequence_length", "data.train", "data.split", "data.documents_attend_across", "data.restart_positions")
@@ -36,7 +36,9 @@ def find_checkpoint(config: RunConfig) -> Path | None:
         return None
     checkpoint = Path(config.resume)
     if not checkpoint.is_dir():
-        raise UserError(f"resume is '{config.resume}': allowed are never, auto, or the path of a checkpoint, and there is no such path")
+        raise UserError(
+            f"resume is '{config.resume}': allowed are never, auto, or the path of a checkpoint, and there is no such path"
+        )
     return checkpoint
 
 
@@ -47,7 +49,9 @@ def check_continues(setup: RunSetup, record: dict[str, Any]) -> None:
         UserError: naming the first key that differs.
     """
     if record["tokenizer"]["fingerprint"] != setup.tokenizer.fingerprint:
-        raise UserError(f"resume: data.tokenizer {setup.tokenizer.source} is not the tokenizer that the checkpoint was trained with")
+        raise UserError(
+            f"resume: data.tokenizer {setup.tokenizer.source} is not the tokenizer that the checkpoint was trained with"
+        )
     old, new = record["config"], setup.config.as_dict()
     mixes = any(len(phase.weights) > 1 for phase in setup.plan.phases)
     for key in [*FIXED, *FIXED_TRAINING, *([MIXTURE_ONLY] if mixes else [])]:

@@ -89,7 +89,9 @@ class ConsoleTracker:
         """Show the main metrics."""
         shown = {name: f"{metrics[name]:.4g}" for name in self.SHOWN if name in metrics}
         if self._bar.disable:
-            print(f"step {step}/{self._total} {phase} " + " ".join(f"{k} {v}" for k, v in shown.items()), file=sys.stderr, flush=True)
+            print(
+                f"step {step}/{self._total} {phase} " + " ".join(f"{k} {v}" for k, v in shown.items()), file=sys.stderr, flush=True
+            )
             return
         self._bar.set_description(phase)
         self._bar.set_postfix(shown, refresh=False)
@@ -173,6 +175,8 @@ class MlflowTracker:
 
     def _open(self) -> Any:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        # An absent server is found out in seconds instead of minutes: the metrics are in the JSONL file in any case.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         from mlflow.tracking import MlflowClient
 
         for noisy in ("alembic", "mlflow.store.db.utils"):
@@ -214,7 +218,9 @@ class MlflowTracker:
 
     def _warn(self, error: Exception) -> None:
         if not self._warned:
-            print(f"warning: MLflow at {tracking_uri(self._config)} failed ({error}); metrics go on to metrics.jsonl", file=sys.stderr)
+            print(
+                f"warning: MLflow at {tracking_uri(self._config)} failed ({error}); metrics go on to metrics.jsonl", file=sys.stderr
+            )
             self._warned = True
 
 

@@ -41,7 +41,9 @@ def train(config: RunConfig) -> None:
     patch_megatron()
     with process_groups(setup.layout, setup.backend):
         run_id = record["mlflow_run_id"] if record else None
-        trackers = build_trackers(config, record["step"] if record else 0, setup.plan.total_steps, run_id, rank_from_environment() == 0)
+        trackers = build_trackers(
+            config, record["step"] if record else 0, setup.plan.total_steps, run_id, rank_from_environment() == 0
+        )
         status: Status = "FAILED"
         try:
             signal.signal(signal.SIGTERM, _stop_on_signal)
@@ -201,7 +203,13 @@ class Trainer:
             "causal": all(OBJECTIVES[name].causal for name in phase.weights),
             **self.counters.as_dict(),
             "phases": [
-                {"name": p.name, "start_step": p.start_step, "end_step": p.end_step, "objectives": p.weights, "masking": vars(p.masking)}
+                {
+                    "name": p.name,
+                    "start_step": p.start_step,
+                    "end_step": p.end_step,
+                    "objectives": p.weights,
+                    "masking": vars(p.masking),
+                }
                 for p in plan.phases
             ],
             "mlflow_run_id": self.trackers.mlflow_run_id,

@@ -65,12 +65,8 @@ def make_batch(number: int, objective: str, packed: bool) -> MicroBatch:
         segments.append(np.diff([0, *cuts, SEQUENCE_LENGTH]))
         masks = random_generator(7, MASK_STREAM, 2 * number + sample)
         masking = MaskingConfig()
-        examples.append(
-            make_example(tokens, segments[-1], OBJECTIVES[objective], masking, masking.ratio, make_vocabulary(), masks)
-        )
-    return collate(
-        examples, segments, OBJECTIVES[objective], documents_attend_across=not packed, restart_positions=packed
-    )
+        examples.append(make_example(tokens, segments[-1], OBJECTIVES[objective], masking, masking.ratio, make_vocabulary(), masks))
+    return collate(examples, segments, OBJECTIVES[objective], documents_attend_across=not packed, restart_positions=packed)
 
 
 def start(case: Case) -> tuple[Any, Any]:
@@ -143,4 +139,8 @@ def _join(name: str, parts: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat([half[0] for half in halves] + [half[1] for half in halves])
     if parts[0].dim() == 1:
         return parts[0]
-    return torch.cat(parts)[:VOCAB_SIZE] if name.endswith(("word_embeddings.weight", "output_layer.weight", "tied copy")) else torch.cat(parts)
+    return (
+        torch.cat(parts)[:VOCAB_SIZE]
+        if name.endswith(("word_embeddings.weight", "output_layer.weight", "tied copy"))
+        else torch.cat(parts)
+    )

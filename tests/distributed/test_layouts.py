@@ -122,4 +122,6 @@ def test_updated_weights_equal_one_rank(measured: Any, name: str) -> None:
     ours, one = (results["steps"] for results in measured)
     assert ours["norms"] == pytest.approx(one["norms"], rel=1e-4)
     for parameter, expected in one["weights"].items():
-        torch.testing.assert_close(ours["weights"][parameter], expected, rtol=0, atol=2e-5, msg=lambda text, p=parameter: f"{p}: {text}")
+        torch.testing.assert_close(
+            ours["weights"][parameter], expected, rtol=0, atol=2e-5, msg=lambda text, p=parameter: f"{p}: {text}"
+        )

@@ -151,7 +151,9 @@ def _assert_same_training(run: Run, reference: Run) -> None:
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         rows = min(len(tensor), len(found[key]))  # the vocabulary is padded further under tensor parallelism
-        torch.testing.assert_close(found[key][:rows], tensor[:rows], rtol=0, atol=WEIGHT_TOLERANCE, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            found[key][:rows], tensor[:rows], rtol=0, atol=WEIGHT_TOLERANCE, msg=lambda m, k=key: f"{k}: {m}"
+        )
     losses, references = run.losses(), reference.losses()
     assert losses
     for key, loss in losses.items():
@@ -159,7 +161,12 @@ def _assert_same_training(run: Run, reference: Run) -> None:
 
 
 def test_every_rank_switches_objective_at_the_edge(one_rank: dict[str, Run], other_layout: dict[str, Run]) -> None:
-    for run, first in ((one_rank["whole"], 0), (one_rank["resumed"], SAVED), (other_layout["whole"], 0), (other_layout["moved"], SAVED)):
+    for run, first in (
+        (one_rank["whole"], 0),
+        (one_rank["resumed"], SAVED),
+        (other_layout["whole"], 0),
+        (other_layout["moved"], SAVED),
+    ):
         for steps in run.seen_by_rank:
             assert len(steps) == TOTAL - first
             for step, batches in enumerate(steps, start=first):
@@ -193,7 +200,9 @@ def test_bf16_resumes_exactly_and_moves_between_optimizers(corpus: Corpus, tmp_p
         config_tree(corpus, tmp_path / "distributed", distributed, training={"precision": "bf16"}),
         config_tree(corpus, tmp_path / "plain_resumed", {}, training={"precision": "bf16"}, resume=start["plain"]),
         config_tree(corpus, tmp_path / "plain_moved", distributed, training={"precision": "bf16"}, resume=start["plain"]),
-        config_tree(corpus, tmp_path / "distributed_resumed", distributed, training={"precision": "bf16"}, resume=start["distributed"]),
+        config_tree(
+            corpus, tmp_path / "distributed_resumed", distributed, training={"precision": "bf16"}, resume=start["distributed"]
+        ),
         config_tree(corpus, tmp_path / "distributed_moved", {}, training={"precision": "bf16"}, resume=start["distributed"]),
     ]
     run_on_ranks(run_training, 2, trees)
@@ -221,7 +230,14 @@ def test_checkpoint_of_any_layout_exports_and_verifies(other_layout: dict[str, R
     for step, architecture in ((EDGE, "LlamaForCausalLM"), (TOTAL, "EuroBertForMaskedLM")):
         checkpoint = tmp_path / f"step_{step}"
         shutil.copytree(other_layout["whole"].checkpoint(step), checkpoint)
-        command = [sys.executable, "tools/convert_checkpoint.py", "export", str(checkpoint), str(tmp_path / f"hf_{step}"), "--verify"]
+        command = [
+            sys.executable,
+            "tools/convert_checkpoint.py",
+            "export",
+            str(checkpoint),
+            str(tmp_path / f"hf_{step}"),
+            "--verify",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert architecture in done.stdout

@@ -96,7 +96,7 @@ WRONG_KEYS = {
     "no share for training": (put("data.split", [0.0, 0.5, 0.5]), ["data.split"]),
     "batch sizes": (put("training.micro_batch_size", 3), ["training.global_batch_size 8", "training.micro_batch_size 3"]),
     "negative seed": (put("training.seed", -1), ["training.seed", "-1"]),
-    "seed beyond 64 bits": (put("training.seed", 2**70), ["training.seed"]),
+    "seed beyond 63 bits": (put("training.seed", 2**63), ["training.seed"]),
     "interleaving without a pipeline": (put("parallel.virtual_pipeline", 2), ["parallel.virtual_pipeline", "parallel.pipeline"]),
     "parallel size of 0": (put("parallel.tensor", 0), ["parallel.tensor", "0"]),
     "negative width": (put("model.hidden_size", -64), ["model.hidden_size", "-64"]),

@@ -15,6 +15,8 @@ from megatron_ext.data.loader import STEPS_AHEAD, BatchBuilder, StepData, Traini
 from megatron_ext.errors import UserError
 from megatron_ext.objective import MASK_STREAM, OBJECTIVES, VALIDATION_STREAM, Example, PhasePlan, Vocabulary
 
+pytestmark = pytest.mark.timeout(60)  # a loader that never ends is a failure, too
+
 LENGTH = 32
 BATCH = 8
 MASK_ID = 1

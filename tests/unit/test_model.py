@@ -4,7 +4,6 @@ Everything that needs a process group is measured in one process of its own and 
 """
 
 import dataclasses
-import hashlib
 from typing import Any
 
 import numpy as np
@@ -362,8 +361,9 @@ def test_initial_weights_depend_on_seed_and_name_only(measured: dict[str, Any]) 
         # Another depth changes the scale of the residual projections and nothing else.
         scale = (2 / 3) ** 0.5 if name.endswith(residual) else 1.0
         torch.testing.assert_close(tensor * scale, weights[name], rtol=1e-5, atol=1e-7, msg=name)
-    digests = {hashlib.sha256(weights[name].flatten()[:64].numpy().tobytes()).hexdigest() for name in matrices}
-    assert len(digests) == len(matrices), "no two matrices are drawn from the same numbers"
+    drawn = torch.stack([weights[name].flatten()[:200] for name in matrices])
+    alike = torch.corrcoef(drawn).abs() - torch.eye(len(matrices))
+    assert float(alike.max()) < 0.5, "no two matrices are drawn from the same numbers"
 
 
 def test_initial_weights_have_the_stated_spread(measured: dict[str, Any]) -> None:

@@ -1,0 +1,93 @@
+"""What MLflow is told: one run per training run, whatever interrupts it, with its true status. Read back by MLflow's client."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mlflow.tracking import MlflowClient
+
+from tests.conftest import Corpus
+from tests.distributed.launch import run_on_ranks
+from tests.distributed.test_training import EDGE, TOTAL, config_tree, run_training
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def runs(folder: Path) -> tuple[MlflowClient, list[Any]]:
+    """A client on a run folder's embedded database, and the runs in it."""
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("megatron_ext")
+    return client, client.search_runs([experiment.experiment_id])
+
+
+@pytest.fixture(scope="module")
+def stopped_and_continued(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run stopped at step 5 and continued to its end, and its MLflow status in between."""
+    folder = tmp_path_factory.mktemp("tracked") / "run"
+    tracked = {"mlflow": True}
+    run_on_ranks(run_training, 1, [config_tree(corpus, folder, {}, training={"stop_at_step": 5}, tracking=tracked)])
+    status = runs(folder)[1][0].info.status
+    run_on_ranks(run_training, 2, [config_tree(corpus, folder, {"tensor": 2}, resume="auto", tracking=tracked)])
+    return folder, status
+
+
+def test_one_run_through_a_stop_with_its_true_status(stopped_and_continued: tuple[Path, str]) -> None:
+    folder, status_between = stopped_and_continued
+    _, found = runs(folder)
+    assert [run.info.status for run in found] == ["FINISHED"]
+    assert status_between == "SCHEDULED"
+
+
+def test_metrics_parameters_phase_and_configuration_are_there(stopped_and_continued: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = stopped_and_continued
+    client, (run,) = runs(folder)
+    for name in ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "mfu", "memory_gib", "total/predicted_tokens"):
+        steps = sorted({metric.step for metric in client.get_metric_history(run.info.run_id, name)})
+        assert steps == list(range(1, TOTAL + 1)), name
+    phases = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, "phase_index")}
+    assert phases == {step: float(step > EDGE) for step in range(1, TOTAL + 1)}
+    assert {metric.step for metric in client.get_metric_history(run.info.run_id, "validation_mlm_loss")} == {EDGE, 5, TOTAL}
+    assert run.data.tags["phase"] == "1-mlm"
+    assert run.data.params["optimizer.learning_rate"] == "0.001"
+    stored = yaml.safe_load(Path(client.download_artifacts(run.info.run_id, "config.yaml", str(tmp_path))).read_text())
+    assert stored["phases"][1]["objective"] == "mlm"
+
+
+def run_process(tree: dict[str, Any], tmp_path: Path) -> subprocess.Popen:
+    """The real entry point in a process of its own."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, str(ROOT / "pretrain_encoder.py"), "--config", str(path)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_killed_run_says_so(corpus: Corpus, tmp_path: Path) -> None:
+    tree = config_tree(corpus, tmp_path / "run", {}, tracking={"mlflow": True})
+    tree["phases"] = [{"objective": "clm", "steps": 100_000}]
+    process = run_process(tree, tmp_path)
+    for line in process.stderr:
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert [run.info.status for run in runs(tmp_path / "run")[1]] == ["KILLED"]
+
+
+def test_an_absent_server_does_not_stop_training(corpus: Corpus, tmp_path: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+        uri = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        process = run_process(config_tree(corpus, tmp_path / "run", {}, tracking={"mlflow": True, "uri": uri}), tmp_path)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert errors.count("warning: MLflow") == 1
+    assert (tmp_path / f"run/checkpoints/step_{TOTAL:08d}/run.json").is_file()
+    assert f'"step": {TOTAL}' in (tmp_path / "run/metrics.jsonl").read_text()
