@@ -6,9 +6,9 @@ configuration. What needs a tokenizer, a data set or the number of ranks is chec
 before any process group exists. This module imports neither torch nor megatron, so `--help` stays quick.
 """
 
+import copy
 import dataclasses
-import hashlib
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -223,7 +223,9 @@ class OptimizerConfig:
         _require_positive("optimizer", learning_rate=self.learning_rate, epsilon=self.epsilon)
         for name in ("min_learning_rate", "warmup_steps", "decay_steps", "weight_decay", "clip_grad_norm"):
             _require(getattr(self, name) >= 0, f"optimizer.{name} is {getattr(self, name)}: it must not be negative")
-        _require_share("optimizer", beta1=self.beta1, beta2=self.beta2)
+        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
+            _require(0 <= beta < 1, f"optimizer.{name} is {beta}: it must be at least 0 and below 1")
+        _require(math.isfinite(self.learning_rate), f"optimizer.learning_rate is {self.learning_rate}: it must be finite")
         _require(
             self.schedule == "wsd" or self.decay_steps == 0,
             f"optimizer.decay_steps is {self.decay_steps} with schedule {self.schedule}: only wsd has a decay length",
@@ -256,7 +258,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         sizes = ("micro_batch_size", "global_batch_size", "stop_at_step", "log_interval")
         _require_positive("training", **{name: getattr(self, name) for name in sizes})
-        _require(self.seed >= 0, f"training.seed is {self.seed}: it must not be negative")
+        _require(0 <= self.seed < 2**63, f"training.seed is {self.seed}: it must lie between 0 and 2^63 - 1")
         _require(
             self.global_batch_size % self.micro_batch_size == 0,
             f"training.global_batch_size {self.global_batch_size} is not a multiple of "
@@ -346,10 +348,6 @@ class RunConfig:
         """The whole tree as plain dictionaries, lists and numbers (what the checkpoint stores)."""
         return dataclasses.asdict(self)
 
-    def fingerprint(self) -> str:
-        """SHA-256 over the canonical JSON of the tree."""
-        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
-
 
 def build_parser() -> Any:
     """The command line of `pretrain_encoder.py`: `--config FILE.yaml` and `--section.field value` for every field."""
@@ -403,7 +401,7 @@ def from_dict(tree: dict[str, Any]) -> RunConfig:
 
     parser = build_parser()
     try:
-        return _instantiate(parser, parser.parse_object(tree))
+        return _instantiate(parser, parser.parse_object(copy.deepcopy(tree)))  # it writes into what it is given
     except ArgumentError as error:
         raise UserError(_one_line(error)) from error
 

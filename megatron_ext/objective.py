@@ -219,7 +219,7 @@ class Phase:
 
     def objective(self, seed: int, micro_batch: int) -> Objective:
         """The objective of a micro-batch, counted over the whole run: sample index // micro_batch_size."""
-        names = list(self.weights)
+        names = sorted(self.weights)  # a mixture is the same however its keys are ordered
         if len(names) == 1:
             return OBJECTIVES[names[0]]
         shares = np.cumsum([self.weights[name] for name in names])

@@ -5,6 +5,7 @@ Sample i is found without replaying what came before: the epoch is i // samples 
 """
 
 import hashlib
+import struct
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ import numpy as np
 from megatron_ext.config import DataSource
 from megatron_ext.errors import UserError
 from megatron_ext.objective import DOCUMENT_STREAM, random_generator
+
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+INDEX_HEADER_BYTES = 34
+"""Magic, version, dtype code, number of sequences, number of documents."""
 
 BLEND_PERIOD = 2**16
 """Samples after which the pattern of a blend repeats; weights are kept to one part in this."""
@@ -38,12 +43,41 @@ class SampleSource(Protocol):
         """The sample with this index."""
 
 
-def open_indexed_dataset(prefix: str) -> Any:
-    """Open a Megatron `.bin/.idx` pair.
+class IndexedDocuments:
+    """The documents of a Megatron `.bin/.idx` pair. A document of several sequences (sentences, say) counts as one."""
 
-    Raises:
-        UserError: a file is missing or not a Megatron data set.
-    """
+    def __init__(self, prefix: str):
+        """
+        Args:
+            prefix: path without the endings.
+
+        Raises:
+            UserError: a file is missing, damaged, or not a Megatron data set.
+        """
+        indexed = _open_indexed_dataset(prefix)
+        sequence_ends = np.concatenate([[0], np.cumsum(indexed.sequence_lengths, dtype=np.int64)])
+        first_sequences = np.asarray(indexed.document_indices, dtype=np.int64)
+        self.lengths = np.diff(sequence_ends[first_sequences])
+        """[documents] int64 tokens in each."""
+        self._dtype = indexed.index.dtype
+        self._item_size = int(np.dtype(self._dtype).itemsize)
+        pointers = np.append(indexed.index.sequence_pointers, 0)
+        self._pointers = pointers[first_sequences[:-1]]
+        self._reader = indexed.bin_reader
+        self._indexed = indexed
+        needed = int(np.max(self._pointers + self.lengths * self._item_size, initial=0))
+        found = Path(prefix + ".bin").stat().st_size
+        if found < needed:
+            raise UserError(f"data set {prefix}: {prefix}.bin has {found} bytes, but its index needs {needed}: it was cut short")
+
+    def read(self, document: int, offset: int, length: int) -> np.ndarray:
+        """[length] tokens of a document, from `offset` on."""
+        pointer = int(self._pointers[document]) + offset * self._item_size
+        return self._reader.read(dtype=self._dtype, count=length, offset=pointer)
+
+
+def _open_indexed_dataset(prefix: str) -> Any:
+    """megatron's reader, with its errors as one line. The magic is checked first: megatron's destructor complains otherwise."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -51,9 +85,15 @@ def open_indexed_dataset(prefix: str) -> Any:
     for ending in (".bin", ".idx"):
         if not Path(prefix + ending).is_file():
             raise UserError(f"data set {prefix}: there is no file {prefix}{ending}")
+    if Path(prefix + ".bin").stat().st_size == 0:
+        raise UserError(f"data set {prefix}: {prefix}.bin is empty")
+    with open(prefix + ".idx", "rb") as file:
+        header = file.read(INDEX_HEADER_BYTES)
+    if not header.startswith(INDEX_MAGIC) or len(header) < INDEX_HEADER_BYTES:
+        raise UserError(f"data set {prefix}: {prefix}.idx is not a Megatron index")
     try:
         return IndexedDataset(prefix, mmap=True)
-    except (AssertionError, ValueError, OSError) as error:
+    except (AssertionError, ValueError, OSError, struct.error) as error:
         raise UserError(f"data set {prefix}: {prefix}.idx is not a Megatron index ({error})") from error
 
 
@@ -63,10 +103,10 @@ class DocumentBlocks:
     An epoch is all documents in a fresh order, laid end to end and cut; what is left over at its end is dropped.
     """
 
-    def __init__(self, indexed: Any, documents: range, sequence_length: int, seed: int, source: int, name: str):
+    def __init__(self, indexed: IndexedDocuments, documents: range, sequence_length: int, seed: int, source: int, name: str):
         """
         Args:
-            indexed: a megatron IndexedDataset.
+            indexed: the data set.
             documents: the documents of this split.
             sequence_length: tokens in a sample.
             seed: the run's seed.
@@ -78,7 +118,7 @@ class DocumentBlocks:
         """
         self._indexed = indexed
         self._first_document = documents.start
-        self._lengths = np.asarray(indexed.sequence_lengths[documents.start : documents.stop], dtype=np.int64)
+        self._lengths = indexed.lengths[documents.start : documents.stop]
         self._sequence_length = sequence_length
         self._seed, self._source = seed, source
         self.tokens = int(self._lengths.sum())
@@ -103,7 +143,7 @@ class DocumentBlocks:
             offset = position - int(self._ends[place] - self._lengths[document])
             length = min(int(self._lengths[document]) - offset, missing)
             if length:
-                tokens.append(self._indexed.get(self._first_document + document, offset=offset, length=length))
+                tokens.append(self._indexed.read(self._first_document + document, offset, length))
                 lengths.append(length)
             missing -= length
             position += length
@@ -165,8 +205,8 @@ def open_blend(sources: Sequence[DataSource], share: int, shares: Sequence[float
     split = ("training", "validation", "test")[share]
     blocks = []
     for number, source in enumerate(sources):
-        indexed = open_indexed_dataset(source.prefix)
-        documents = split_documents(len(indexed.sequence_lengths), shares)[share]
+        indexed = IndexedDocuments(source.prefix)
+        documents = split_documents(len(indexed.lengths), shares)[share]
         blocks.append(DocumentBlocks(indexed, documents, sequence_length, seed, number, f"the {split} split of {source.prefix}"))
     return Blend(blocks, [source.weight for source in sources])
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from megatron_ext.config import DataConfig, MaskingConfig, TrainingConfig
 from megatron_ext.data.batch import MicroBatch, collate
-from megatron_ext.data.dataset import SampleSource
+from megatron_ext.data.dataset import Sample, SampleSource
+from megatron_ext.errors import UserError
 from megatron_ext.objective import MASK_STREAM, Objective, PhasePlan, Vocabulary, make_example, random_generator
 
 STEPS_AHEAD = 2
@@ -41,8 +42,14 @@ class BatchBuilder:
         self._seed, self._stream = seed, stream
 
     def build(self, first_sample: int, count: int, objective: Objective, masking: MaskingConfig, ratio: float) -> MicroBatch:
-        """The micro-batch of samples first_sample ... first_sample + count - 1."""
+        """The micro-batch of samples first_sample ... first_sample + count - 1.
+
+        Raises:
+            UserError: a sample holds an id that the tokenizer does not have.
+        """
         samples = [self._source.sample(first_sample + k) for k in range(count)]
+        for sample in samples:
+            self._check_ids(sample)
         examples = [
             make_example(
                 sample.tokens,
@@ -62,6 +69,15 @@ class BatchBuilder:
             documents_attend_across=self._data.documents_attend_across,
             restart_positions=self._data.restart_positions,
         )
+
+    def _check_ids(self, sample: Sample) -> None:
+        """A data set that was not made here may belong to another tokenizer: its ids must not train silently."""
+        largest = int(sample.tokens.max())
+        if largest >= len(self._vocabulary.is_special):
+            raise UserError(
+                f"the data holds the token id {largest}, but data.tokenizer has {len(self._vocabulary.is_special)} ids: "
+                "it was made with another tokenizer"
+            )
 
 
 class TrainingLoader:

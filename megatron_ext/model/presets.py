@@ -30,6 +30,11 @@ class EncoderConfig:
                 f"model.num_query_groups {self.num_query_groups} does not divide "
                 f"model.num_attention_heads {self.num_attention_heads}"
             )
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"model.hidden_size {self.hidden_size} does not divide by model.num_attention_heads "
+                f"{self.num_attention_heads}: no Hugging Face class takes such a shape, whatever model.head_dim is"
+            )
         if self.head_dim % 2:
             raise UserError(f"model.head_dim is {self.head_dim}: rotary embeddings need an even width")
 
@@ -101,7 +106,5 @@ def build_encoder_config(model: ModelConfig) -> EncoderConfig:
     if "head_dim" not in given and given.keys() & {"hidden_size", "num_attention_heads"}:
         hidden = given.get("hidden_size", preset.hidden_size)
         heads = given.get("num_attention_heads", preset.num_attention_heads)
-        if hidden % heads:
-            raise UserError(f"model.hidden_size {hidden} does not divide by model.num_attention_heads {heads}: give model.head_dim")
         given["head_dim"] = hidden // heads
     return dataclasses.replace(preset, **given)

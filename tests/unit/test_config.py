@@ -189,11 +189,10 @@ def test_stored_configuration_is_read_back(tmp_path: Path) -> None:
     config = full_config(tmp_path)
     again = from_dict(json.loads(json.dumps(config.as_dict())))
     assert again == config
-    assert again.fingerprint() == config.fingerprint()
     assert list(again.phases[1].objective) == ["mntp", "clm", "mlm"]
     assert load_config(written(tmp_path, config.as_dict()))[0] == config
     other = from_dict(edited(put("phases.0.steps", 31), config.as_dict()))
-    assert other != config and other.fingerprint() != config.fingerprint()
+    assert other != config
 
 
 def test_reading_a_stored_configuration_leaves_it_alone(tmp_path: Path) -> None:

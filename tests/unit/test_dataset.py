@@ -14,10 +14,10 @@ from megatron_ext.data.dataset import (
     BLEND_PERIOD,
     Blend,
     DocumentBlocks,
+    IndexedDocuments,
     Sample,
     dataset_fingerprint,
     open_blend,
-    open_indexed_dataset,
     split_documents,
 )
 from megatron_ext.errors import UserError
@@ -42,8 +42,8 @@ def documents_of(lengths: Sequence[int], first_token: int = 0) -> list[list[int]
 
 
 def blocks(prefix: str, sequence_length: int, source: int = 0, seed: int = SEED, documents: range | None = None) -> DocumentBlocks:
-    indexed = open_indexed_dataset(prefix)
-    return DocumentBlocks(indexed, documents or range(len(indexed.sequence_lengths)), sequence_length, seed, source, "the set")
+    indexed = IndexedDocuments(prefix)
+    return DocumentBlocks(indexed, documents or range(len(indexed.lengths)), sequence_length, seed, source, "the set")
 
 
 def reconstruct(documents: list[list[int]], order: Sequence[int], sequence_length: int) -> list[tuple[list[int], list[int]]]:
@@ -200,7 +200,7 @@ def test_missing_file_is_named(prefix: str, tmp_path: Path, ending: str) -> None
     for other in {".bin", ".idx"} - {ending}:
         (tmp_path / f"set{other}").write_bytes(Path(prefix + other).read_bytes())
     with pytest.raises(UserError, match=f"there is no file {tmp_path}/set{ending}"):
-        open_indexed_dataset(str(tmp_path / "set"))
+        IndexedDocuments(str(tmp_path / "set"))
 
 
 HEADER = 9  # "MMIDIDX" and two zero bytes; then version (8 bytes), dtype (1), sequences (8), documents (8)
@@ -221,7 +221,7 @@ DAMAGES = {
 def refusal(prefix: str) -> tuple[type, str] | None:
     """Type and message of the error on opening a data set; the error itself would keep megatron's half-built reader alive."""
     try:
-        open_indexed_dataset(prefix)
+        IndexedDocuments(prefix)
     except Exception as error:
         return type(error), str(error)
     return None
@@ -254,3 +254,16 @@ def test_fingerprint_follows_the_documents(tmp_path: Path) -> None:
     assert same[0] == same[1]
     assert dataset_fingerprint(write_dataset(tmp_path / "c", LENGTHS[::-1])) != same[0]
     assert dataset_fingerprint(write_dataset(tmp_path / "d", [*LENGTHS, 1])) != same[0]
+
+
+def test_sentences_of_a_document_stay_together(tmp_path: Path) -> None:
+    """Stock Megatron data may hold a document as several sequences."""
+    prefix = str(tmp_path / "set")
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    builder.add_document(torch.arange(9), [4, 3, 2])
+    builder.add_document(torch.arange(20, 25), [5])
+    builder.finalize(f"{prefix}.idx")
+    documents = IndexedDocuments(prefix)
+    assert documents.lengths.tolist() == [9, 5]
+    assert documents.read(0, 3, 5).tolist() == [3, 4, 5, 6, 7]
+    assert documents.read(1, 1, 4).tolist() == [21, 22, 23, 24]

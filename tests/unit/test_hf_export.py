@@ -432,7 +432,7 @@ def save_with_megatron(folder, tokenizer_file):
     from megatron_ext.model.layers import transformer_config
     from megatron_ext.objective import OBJECTIVES, Example
     from megatron_ext.runtime.backend import choose_backend
-    from megatron_ext.runtime.topology import check_layout, initialize, shut_down
+    from megatron_ext.runtime.topology import check_layout, initialize
 
     backend = choose_backend("local")
     layout = check_layout(ParallelConfig(), TrainingConfig(), GROUPED.num_layers, {}, 1)
@@ -466,7 +466,7 @@ def save_with_megatron(folder, tokenizer_file):
                 logits.append(model(batch.to(backend.device), return_logits=True)[:, :VOCAB_SIZE].cpu().clone())
         torch.save(logits, folder / f"logits-{causal}.pt")
     write_run_json(folder / "checkpoint", GROUPED, False, tokenizer_file)
-    shut_down()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
