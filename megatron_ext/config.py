@@ -351,8 +351,9 @@ class RunConfig:
 
 def build_parser() -> Any:
     """The command line of `pretrain_encoder.py`: `--config FILE.yaml` and `--section.field value` for every field."""
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the fields' docstrings are their help
     parser = ArgumentParser(
         prog="pretrain_encoder.py",
         description="Pretrain one encoder through a plan of CLM / MLM / MNTP phases.",
