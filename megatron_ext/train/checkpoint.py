@@ -27,6 +27,7 @@ from megatron_ext.train.preflight import RunSetup
 FORMAT = 1
 RUN_FILE = "run.json"
 TOKENIZER_FOLDER = "tokenizer"
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "config.json")
 # Layers under their own names; optimizer shards gathered so that any layout can load them.
 SHARDING = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -122,11 +123,12 @@ def save_checkpoint(
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
-    if source.is_dir():
-        shutil.copytree(source, target)
-    else:
-        target.mkdir()
-        shutil.copy(source, target / source.name)
+    """Copy a SentencePiece file, or a folder's tokenizer files: a model folder holds weights too, which do not belong here."""
+    target.mkdir()
+    names = TOKENIZER_FILES if source.is_dir() else (source.name,)
+    folder = source if source.is_dir() else source.parent
+    for path in {path for name in names for path in folder.glob(name)}:
+        shutil.copy(path, target)
 
 
 def _write_run_file(aside: Path, setup: RunSetup, record: dict[str, Any]) -> None:

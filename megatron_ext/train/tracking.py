@@ -11,6 +11,7 @@ import queue
 import sys
 import threading
 import time
+import uuid
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -19,7 +20,12 @@ from megatron_ext.config import RunConfig
 Status = Literal["FINISHED", "FAILED", "KILLED", "SCHEDULED"]
 """MLflow's words. SCHEDULED: the run stopped where it was told to and is to be continued."""
 
-RUN_ID_TIMEOUT = 60.0
+RUN_KEY_TAG = "megatron_ext.run_key"
+"""MLflow tag with the key that a run gives itself: it is found again by it if the server had not yet answered with an id."""
+
+SECONDS_TO_FINISH = 30.0
+"""How long the end of a run waits for MLflow to take what is queued."""
+
 PARAMETERS_PER_BATCH = 100
 PARAMETER_LENGTH = 6000
 
@@ -50,27 +56,29 @@ class Trackers:
         for tracker in self._trackers:
             tracker.finish(status)
 
-    @property
-    def mlflow_run_id(self) -> str | None:
-        """Id of the MLflow run, if there is one."""
-        return next((tracker.run_id for tracker in self._trackers if isinstance(tracker, MlflowTracker)), None)
+    def identity(self) -> dict[str, str | None]:
+        """What a checkpoint stores so that the run is continued in MLflow: its id, as far as known, and its own key."""
+        for tracker in self._trackers:
+            if isinstance(tracker, MlflowTracker):
+                return {"mlflow_run_id": tracker.run_id, "run_key": tracker.run_key}
+        return {"mlflow_run_id": None, "run_key": None}
 
 
-def build_trackers(config: RunConfig, first_step: int, total_steps: int, run_id: str | None, is_first_rank: bool) -> Trackers:
+def build_trackers(config: RunConfig, total_steps: int, record: dict[str, Any] | None, is_first_rank: bool) -> Trackers:
     """The trackers of this process: none unless it is rank 0.
 
     Args:
         config: the run's configuration.
-        first_step: completed steps so far.
         total_steps: steps of the plan.
-        run_id: MLflow run to continue.
+        record: `run.json` of the checkpoint that the run continues from.
         is_first_rank: this is rank 0.
     """
+    record = record or {"step": 0, "mlflow_run_id": None, "run_key": None}
     if not is_first_rank:
         return Trackers([])
-    trackers: list[Tracker] = [ConsoleTracker(first_step, total_steps), JsonlTracker(Path(config.output_dir) / "metrics.jsonl")]
+    trackers: list[Tracker] = [ConsoleTracker(record["step"], total_steps), JsonlTracker(Path(config.output_dir) / "metrics.jsonl")]
     if config.tracking.mlflow:
-        trackers.append(MlflowTracker(config, run_id))
+        trackers.append(MlflowTracker(config, record["mlflow_run_id"], record["run_key"]))
     return Trackers(trackers)
 
 
@@ -123,26 +131,22 @@ class JsonlTracker:
 class MlflowTracker:
     """An MLflow run, written by a thread so that a slow or absent server never holds training up."""
 
-    def __init__(self, config: RunConfig, run_id: str | None):
+    def __init__(self, config: RunConfig, run_id: str | None, run_key: str | None):
         """
         Args:
             config: the run's configuration.
-            run_id: the run to continue; None creates one.
+            run_id: the run to continue; None looks for the key, and creates a run if there is none with it.
+            run_key: the key of the run to continue; None makes one up.
         """
         self._config = config
-        self._run_id = run_id
-        self._ready = threading.Event()
+        self.run_id = run_id
+        """The run's id once the server has given it."""
+        self.run_key = run_key or uuid.uuid4().hex
         self._queue: queue.Queue[tuple[str, tuple[Any, ...]] | None] = queue.Queue()
         self._phase = ""
         self._warned = False
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
-
-    @property
-    def run_id(self) -> str | None:
-        """The run's id; waits for the server that gives it, though not for ever."""
-        self._ready.wait(RUN_ID_TIMEOUT)
-        return self._run_id
 
     def log(self, step: int, metrics: dict[str, float], phase: str) -> None:
         """Queue metrics, and the phase as a tag when it changes."""
@@ -156,7 +160,7 @@ class MlflowTracker:
         """Write what is queued, then the status."""
         self._queue.put(("status", (status,)))
         self._queue.put(None)
-        self._thread.join(timeout=RUN_ID_TIMEOUT)
+        self._thread.join(timeout=SECONDS_TO_FINISH)
 
     def _work(self) -> None:
         try:
@@ -164,7 +168,6 @@ class MlflowTracker:
         except Exception as error:  # whatever MLflow raises must not reach training
             self._warn(error)
             client = None
-        self._ready.set()
         while (item := self._queue.get()) is not None:
             if client is None:
                 continue
@@ -177,28 +180,31 @@ class MlflowTracker:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         # An absent server is found out in seconds instead of minutes: the metrics are in the JSONL file in any case.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         from mlflow.tracking import MlflowClient
 
         for noisy in ("alembic", "mlflow.store.db.utils"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         client = MlflowClient(tracking_uri=tracking_uri(self._config))
-        if self._run_id is None:
-            self._run_id = self._create_run(client)
-        client.update_run(self._run_id, status="RUNNING")
+        if self.run_id is None:
+            self.run_id = self._find_or_create_run(client)
+        client.update_run(self.run_id, status="RUNNING")
         return client
 
-    def _create_run(self, client: Any) -> str:
+    def _find_or_create_run(self, client: Any) -> str:
         tracking = self._config.tracking
         experiment = client.get_experiment_by_name(tracking.experiment)
         if experiment is None:
             location = None if tracking.uri else (Path(self._config.output_dir) / "mlflow_artifacts").resolve().as_uri()
-            experiment_id = client.create_experiment(tracking.experiment, artifact_location=location)
-        else:
-            experiment_id = experiment.experiment_id
-        name = tracking.run_name or Path(self._config.output_dir).name
-        run_id = client.create_run(experiment_id, run_name=name).info.run_id
+            return self._create_run(client, client.create_experiment(tracking.experiment, artifact_location=location))
+        found = client.search_runs([experiment.experiment_id], f"tags.`{RUN_KEY_TAG}` = '{self.run_key}'", max_results=1)
+        return found[0].info.run_id if found else self._create_run(client, experiment.experiment_id)
+
+    def _create_run(self, client: Any, experiment_id: str) -> str:
         from mlflow.entities import Param
 
+        name = self._config.tracking.run_name or Path(self._config.output_dir).name
+        run_id = client.create_run(experiment_id, tags={RUN_KEY_TAG: self.run_key}, run_name=name).info.run_id
         flat = [Param(key, str(value)[:PARAMETER_LENGTH]) for key, value in flatten(self._config.as_dict()).items()]
         for start in range(0, len(flat), PARAMETERS_PER_BATCH):
             client.log_batch(run_id, params=flat[start : start + PARAMETERS_PER_BATCH])
@@ -210,11 +216,11 @@ class MlflowTracker:
             from mlflow.entities import Metric
 
             step, metrics, now = arguments
-            client.log_batch(self._run_id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
+            client.log_batch(self.run_id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
         elif kind == "tag":
-            client.set_tag(self._run_id, *arguments)
+            client.set_tag(self.run_id, *arguments)
         else:
-            client.set_terminated(self._run_id, status=arguments[0])
+            client.set_terminated(self.run_id, status=arguments[0])
 
     def _warn(self, error: Exception) -> None:
         if not self._warned:

@@ -40,10 +40,7 @@ def train(config: RunConfig) -> None:
     use_all_cores()
     patch_megatron()
     with process_groups(setup.layout, setup.backend):
-        run_id = record["mlflow_run_id"] if record else None
-        trackers = build_trackers(
-            config, record["step"] if record else 0, setup.plan.total_steps, run_id, rank_from_environment() == 0
-        )
+        trackers = build_trackers(config, setup.plan.total_steps, record, rank_from_environment() == 0)
         status: Status = "FAILED"
         try:
             signal.signal(signal.SIGTERM, _stop_on_signal)
@@ -212,7 +209,7 @@ class Trainer:
                 }
                 for p in plan.phases
             ],
-            "mlflow_run_id": self.trackers.mlflow_run_id,
+            **self.trackers.identity(),
         }
 
 
