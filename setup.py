@@ -16,22 +16,21 @@ setup(
     packages=find_packages(include=["megatron_ext", "megatron_ext.*"]),
     package_data={"megatron_ext": ["hf/*.txt"]},
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.6,<3",
         "megatron-core>=0.16.1,<0.20",  # 0.17 and newer need Python 3.12: pip takes the newest that fits
         "transformers>=5.0,<6",  # native EuroBERT
-        "tokenizers>=0.22",
-        "safetensors>=0.5",
-        "sentencepiece>=0.2",
-        "protobuf>=5",  # SentencePiece models are read through their protobuf definition
+        "tokenizers>=0.22,<1",
+        "safetensors>=0.5,<1",
+        "sentencepiece>=0.2,<1",
+        "protobuf>=5,<8",  # SentencePiece models are read through their protobuf definition
         "mlflow>=3.1,<4",
-        "jsonargparse[signatures]>=4.40",
-        "numpy>=2.0",
-        "psutil>=6.0",  # megatron-core's checkpoint writer needs it and does not say so
-        "pyarrow>=18",
-        "zstandard>=0.23",
-        "PyYAML>=6.0",
-        "matplotlib>=3.9",
-        "tqdm>=4.66",
+        "jsonargparse[signatures]>=4.40,<5",
+        "numpy>=2.0,<3",
+        "psutil>=6.0,<8",  # megatron-core's checkpoint writer needs it and does not say so
+        "pyarrow>=18,<27",
+        "PyYAML>=6.0,<7",
+        "matplotlib>=3.9,<4",
+        "tqdm>=4.66,<5",
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.1"],

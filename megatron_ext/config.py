@@ -26,7 +26,7 @@ def _require(condition: bool, message: str) -> None:
 
 def _require_positive(where: str, **values: float | None) -> None:
     for name, value in values.items():
-        _require(value is None or value > 0, f"{where}.{name} is {value}: it must be greater than 0")
+        _require(value is None or 0 < value < math.inf, f"{where}.{name} is {value}: it must be greater than 0")
 
 
 def _require_share(where: str, **values: float | None) -> None:
@@ -222,7 +222,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _require_positive("optimizer", learning_rate=self.learning_rate, epsilon=self.epsilon)
         for name in ("min_learning_rate", "warmup_steps", "decay_steps", "weight_decay", "clip_grad_norm"):
-            _require(getattr(self, name) >= 0, f"optimizer.{name} is {getattr(self, name)}: it must not be negative")
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"optimizer.{name} is {value}: it must be finite and not negative")
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
             _require(0 <= beta < 1, f"optimizer.{name} is {beta}: it must be at least 0 and below 1")
         _require(math.isfinite(self.learning_rate), f"optimizer.learning_rate is {self.learning_rate}: it must be finite")
@@ -358,6 +359,7 @@ def build_parser() -> Any:
         prog="pretrain_encoder.py",
         description="Pretrain one encoder through a plan of CLM / MLM / MNTP phases.",
         exit_on_error=False,
+        allow_abbrev=False,
         print_config=None,
     )
     parser.add_argument("--config", action="config", help="YAML file with the tree below; later arguments override it.")
@@ -388,7 +390,7 @@ def load_config(arguments: Sequence[str]) -> tuple[RunConfig, bool]:
         namespace = parser.parse_args(list(arguments))
         print_config = namespace.pop("print_config")
         return _instantiate(parser, namespace), print_config
-    except ArgumentError as error:
+    except (ArgumentError, TypeError, ValueError, OSError) as error:  # the parser lets some wrong trees through to Python
         raise UserError(_one_line(error)) from error
 
 

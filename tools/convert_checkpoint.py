@@ -71,6 +71,7 @@ def main() -> int:
             f"over {checked.tokens} tokens, token ids equal on {checked.texts} texts"
         )
     if arguments.report and report.verifications:
+        arguments.report.parent.mkdir(parents=True, exist_ok=True)
         arguments.report.write_text(json.dumps(asdict(report.verifications[-1]), indent=1) + "\n")
     if report.rounding is not None:
         print(f"rounding moves a logit by {report.rounding[0]:.2g} at most, {report.rounding[1]:.2g} on average")

@@ -212,9 +212,15 @@ def open_blend(sources: Sequence[DataSource], share: int, shares: Sequence[float
 
 
 def dataset_fingerprint(prefix: str) -> str:
-    """SHA-256 over a data set's index and the size of its token file: changes when any document's place or length does."""
-    digest = hashlib.sha256(str(Path(prefix + ".bin").stat().st_size).encode())
+    """SHA-256 over a data set's index and over the size and both ends of its token file (1 MiB each)."""
+    digest = hashlib.sha256()
     with open(prefix + ".idx", "rb") as file:
         while block := file.read(2**22):
             digest.update(block)
+    with open(prefix + ".bin", "rb") as file:
+        size = file.seek(0, 2)
+        digest.update(str(size).encode())
+        for start in (0, max(0, size - 2**20)):
+            file.seek(start)
+            digest.update(file.read(2**20))
     return digest.hexdigest()

@@ -49,7 +49,7 @@ class BatchBuilder:
         """
         samples = [self._source.sample(first_sample + k) for k in range(count)]
         for sample in samples:
-            self._check_ids(sample)
+            check_ids(sample, len(self._vocabulary.is_special))
         examples = [
             make_example(
                 sample.tokens,
@@ -70,14 +70,18 @@ class BatchBuilder:
             restart_positions=self._data.restart_positions,
         )
 
-    def _check_ids(self, sample: Sample) -> None:
-        """A data set that was not made here may belong to another tokenizer: its ids must not train silently."""
-        largest = int(sample.tokens.max())
-        if largest >= len(self._vocabulary.is_special):
-            raise UserError(
-                f"the data holds the token id {largest}, but data.tokenizer has {len(self._vocabulary.is_special)} ids: "
-                "it was made with another tokenizer"
-            )
+
+def check_ids(sample: Sample, vocab_size: int) -> None:
+    """A data set that was not made here may belong to another tokenizer: its ids must not train silently.
+
+    Raises:
+        UserError: the sample holds an id that the tokenizer does not have.
+    """
+    largest = int(sample.tokens.max())
+    if largest >= vocab_size:
+        raise UserError(
+            f"the data holds the token id {largest}, but data.tokenizer has {vocab_size} ids: it was made with another tokenizer"
+        )
 
 
 class TrainingLoader:

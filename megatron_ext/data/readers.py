@@ -61,11 +61,18 @@ def input_format(path: Path) -> str:
 
 
 def expand_inputs(paths: list[str]) -> list[Path]:
-    """The files of paths, folders (all files of known formats below them, sorted) and globs, in the order given.
+    """The files of paths, folders (all files of known formats below them, sorted) and globs, in the order given, each once.
+
+    What `corpus.preprocess` itself leaves in a folder (rejects, unfinished shards) is not taken from folders and globs.
 
     Raises `UserError` for a path without any such file.
     """
-    return [found for path in paths for found in _expand(path)]
+    found = {path.resolve(): path for name in reversed(paths) for path in reversed(_expand(name))}
+    return list(reversed(found.values()))
+
+
+def _is_own_output(path: Path) -> bool:
+    return path.name.endswith(".rejects.jsonl") or any(part.endswith(".shards") for part in path.parts)
 
 
 def _expand(path: str) -> list[Path]:
@@ -75,7 +82,7 @@ def _expand(path: str) -> list[Path]:
         found = [name for name in Path(path).rglob("*") if re.search(KNOWN_NAME, name.name, re.IGNORECASE)]
     else:
         found = [Path(name) for name in glob.glob(path, recursive=True)]
-    found = sorted(name for name in found if name.is_file())
+    found = sorted(name for name in found if name.is_file() and not _is_own_output(name))
     if not found:
         raise UserError(f"input {path}: no such file, folder with {ALLOWED} files, or pattern")
     return found

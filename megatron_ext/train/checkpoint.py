@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from megatron_ext.errors import UserError
 from megatron_ext.train.optimizer_state import adapt_loaded_state, redirect_master_weights
@@ -41,6 +41,12 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     """The published checkpoints of a run, oldest first."""
     found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name) and (path / RUN_FILE).is_file()]
     return sorted(found)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Completed steps of a checkpoint, from its name; -1 if it has another name."""
+    match = re.fullmatch(r"step_(\d{8})", checkpoint.name)
+    return int(match[1]) if match else -1
 
 
 def read_run_file(checkpoint: Path) -> dict[str, Any]:
@@ -116,7 +122,6 @@ def save_checkpoint(
         _copy_tokenizer(setup.tokenizer.source, aside / TOKENIZER_FOLDER)
         _write_run_file(aside, setup, record)
         _check_files(aside)
-        shutil.rmtree(final, ignore_errors=True)  # left by a run that was continued from an earlier step
         aside.rename(final)
     torch.distributed.barrier()
     return final
@@ -172,20 +177,42 @@ def _check_files(checkpoint: Path) -> None:
         assert (checkpoint / storage).is_file(), f"{checkpoint / storage} is named in the index and was not written"
 
 
+def _check_sizes(checkpoint: Path) -> None:
+    """Every file that was written is there in its full length."""
+    for name, written in read_run_file(checkpoint)["files"].items():
+        path = checkpoint / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != written["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise UserError(f"checkpoint {checkpoint} is damaged: {name} {found}, {written['bytes']} bytes were written")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
+
+
 def load_checkpoint(checkpoint: Path, chunks: Sequence[torch.nn.Module], optimizer: Any | None) -> None:
     """Fill the model, and the optimizer if there is one, from a checkpoint saved at any layout.
+
+    Raises:
+        UserError: a file is missing or damaged.
 
     Args:
         checkpoint: a published checkpoint.
         chunks: this rank's model chunks, without their wrappers.
         optimizer: megatron's optimizer, or None.
     """
+    _check_sizes(checkpoint)
     wanted = sharded_state(chunks, optimizer, is_loading=True)
     if optimizer is not None:
         stored = FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
         redirect_master_weights(wanted["optimizer"], set(stored))
         sharding = wanted["optimizer"].get("param_state_sharding_type")
-    state = dist_checkpointing.load(wanted, str(checkpoint))
+    try:
+        state = dist_checkpointing.load(wanted, str(checkpoint))
+    except CheckpointException as error:  # torch's own, and not an Exception
+        cause = next(iter(error.failures.values()))[0]
+        raise UserError(f"checkpoint {checkpoint} cannot be read ({type(cause).__name__}: {_first_line(cause)})") from error
     for number, chunk in enumerate(chunks):
         chunk.load_state_dict(state["model" if len(chunks) == 1 else f"model{number}"])
     if optimizer is not None:
@@ -196,6 +223,14 @@ def remove_old_checkpoints(folder: Path, keep_last: int, edges: set[int]) -> Non
     """Keep the newest `keep_last` interval checkpoints, and those at the steps in `edges` for ever; 0 keeps all."""
     if keep_last == 0:
         return
-    passing = [path for path in complete_checkpoints(folder) if int(path.name.removeprefix("step_")) not in edges]
+    passing = [path for path in complete_checkpoints(folder) if step_of(path) not in edges]
     for path in passing[:-keep_last]:
-        shutil.rmtree(path)
+        _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Take a published checkpoint away; it is whole under its name until it is gone."""
+    aside = checkpoint.with_name(f".removing-{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    shutil.rmtree(aside)

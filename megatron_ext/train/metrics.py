@@ -51,6 +51,10 @@ class SpeedMeter:
             peak_flops: FLOP/s of all ranks together.
         """
         self._peak = peak_flops
+        self.start()
+
+    def start(self) -> None:
+        """Begin a stretch now."""
         self._started = time.perf_counter()
         self._paused = 0.0
 
@@ -61,7 +65,7 @@ class SpeedMeter:
     def read(self, sums: GlobalSums, flops: float, steps: int) -> dict[str, float]:
         """Metrics of the stretch since the last reading, which it ends."""
         seconds = time.perf_counter() - self._started - self._paused
-        self._started, self._paused = time.perf_counter(), 0.0
+        self.start()
         return {
             "tokens_per_second": sums.tokens / seconds,
             "mfu": flops / seconds / self._peak,

@@ -10,6 +10,7 @@ import torch
 from megatron_ext.config import DataSource, RunConfig
 from megatron_ext.data.corpus import read_dataset_info
 from megatron_ext.data.dataset import Blend, dataset_fingerprint, open_blend
+from megatron_ext.data.loader import check_ids
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.errors import UserError
 from megatron_ext.model.encoder import padded_vocab_size
@@ -17,6 +18,8 @@ from megatron_ext.model.presets import EncoderConfig, build_encoder_config
 from megatron_ext.objective import OBJECTIVES, PhasePlan, Vocabulary
 from megatron_ext.runtime.backend import Backend, choose_backend
 from megatron_ext.runtime.topology import Layout, check_layout
+
+SAMPLES_LOOKED_AT = 256
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,9 @@ def prepare(config: RunConfig, world_size: int) -> RunSetup:
     Raises:
         UserError: the first thing that does not fit.
     """
+    output_dir = Path(config.output_dir)
+    if not config.output_dir or (output_dir.exists() and not output_dir.is_dir()):
+        raise UserError(f"output_dir is '{config.output_dir}': it must be a folder, or a path where one can be made")
     encoder = build_encoder_config(config.model)
     if config.data.sequence_length > encoder.max_position_embeddings:
         raise UserError(
@@ -68,8 +74,10 @@ def prepare(config: RunConfig, world_size: int) -> RunSetup:
     _check_schedule(config, plan)
     tokenizer = load_tokenizer(config.data.tokenizer)
     vocabulary = _vocabulary(config, tokenizer)
-    data_record = [_check_source(source, tokenizer) for source in [*config.data.train, *config.data.validation]]
+    data_record = [_check_source(source, "train", tokenizer) for source in config.data.train]
+    data_record += [_check_source(source, "validation", tokenizer) for source in config.data.validation]
     training_data, validation_data = _open_data(config)
+    _check_ids(config, training_data, tokenizer)
     return RunSetup(
         config=config,
         encoder=encoder,
@@ -131,7 +139,7 @@ def _vocabulary(config: RunConfig, tokenizer: Tokenizer) -> Vocabulary:
     return Vocabulary(mask_id=mask_id, is_special=is_special, starts_word=tokenizer.pieces_start_word)
 
 
-def _check_source(source: DataSource, tokenizer: Tokenizer) -> dict[str, Any]:
+def _check_source(source: DataSource, split: str, tokenizer: Tokenizer) -> dict[str, Any]:
     for ending in (".bin", ".idx"):
         if not Path(source.prefix + ending).is_file():
             raise UserError(f"data set {source.prefix}: there is no file {source.prefix}{ending}")
@@ -142,7 +150,19 @@ def _check_source(source: DataSource, tokenizer: Tokenizer) -> dict[str, Any]:
             f"data.tokenizer {tokenizer.source} ({tokenizer.fingerprint[:12]})"
         )
     fingerprint = dataset_fingerprint(source.prefix)
-    return {"prefix": source.prefix, "weight": source.weight, "fingerprint": fingerprint, "tokenizer_known": info is not None}
+    return {
+        "prefix": source.prefix,
+        "split": split,
+        "weight": source.weight,
+        "fingerprint": fingerprint,
+        "tokenizer_known": info is not None,
+    }
+
+
+def _check_ids(config: RunConfig, data: Blend, tokenizer: Tokenizer) -> None:
+    """Look at the first batch: a data set without a sidecar does not say which tokenizer it was made with."""
+    for index in range(min(config.training.global_batch_size, SAMPLES_LOOKED_AT)):
+        check_ids(data.sample(index), tokenizer.vocab_size)
 
 
 def _open_data(config: RunConfig) -> tuple[Blend, Blend | None]:

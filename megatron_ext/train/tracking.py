@@ -73,12 +73,12 @@ def build_trackers(config: RunConfig, total_steps: int, record: dict[str, Any] |
         record: `run.json` of the checkpoint that the run continues from.
         is_first_rank: this is rank 0.
     """
-    record = record or {"step": 0, "mlflow_run_id": None, "run_key": None}
+    record = record or {"step": 0, "mlflow_run_id": None, "run_key": None, "parent": None}
     if not is_first_rank:
         return Trackers([])
     trackers: list[Tracker] = [ConsoleTracker(record["step"], total_steps), JsonlTracker(Path(config.output_dir) / "metrics.jsonl")]
     if config.tracking.mlflow:
-        trackers.append(MlflowTracker(config, record["mlflow_run_id"], record["run_key"]))
+        trackers.append(MlflowTracker(config, record["mlflow_run_id"], record["run_key"], record["parent"]))
     return Trackers(trackers)
 
 
@@ -131,17 +131,20 @@ class JsonlTracker:
 class MlflowTracker:
     """An MLflow run, written by a thread so that a slow or absent server never holds training up."""
 
-    def __init__(self, config: RunConfig, run_id: str | None, run_key: str | None):
+    def __init__(self, config: RunConfig, run_id: str | None, run_key: str | None, parent: dict[str, Any] | None):
         """
         Args:
             config: the run's configuration.
             run_id: the run to continue; None looks for the key, and creates a run if there is none with it.
             run_key: the key of the run to continue; None makes one up.
+            parent: the checkpoint of another run that this one branched from, for the lineage tags.
         """
         self._config = config
         self.run_id = run_id
         """The run's id once the server has given it."""
         self.run_key = run_key or uuid.uuid4().hex
+        lineage = {f"parent_{name}": str(value) for name, value in (parent or {}).items()}
+        self._tags = {RUN_KEY_TAG: self.run_key, **lineage}
         self._queue: queue.Queue[tuple[str, tuple[Any, ...]] | None] = queue.Queue()
         self._phase = ""
         self._warned = False
@@ -186,7 +189,7 @@ class MlflowTracker:
         for noisy in ("alembic", "mlflow.store.db.utils"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         client = MlflowClient(tracking_uri=tracking_uri(self._config))
-        if self.run_id is None:
+        if self.run_id is None or not _run_exists(client, self.run_id):
             self.run_id = self._find_or_create_run(client)
         client.update_run(self.run_id, status="RUNNING")
         return client
@@ -204,7 +207,7 @@ class MlflowTracker:
         from mlflow.entities import Param
 
         name = self._config.tracking.run_name or Path(self._config.output_dir).name
-        run_id = client.create_run(experiment_id, tags={RUN_KEY_TAG: self.run_key}, run_name=name).info.run_id
+        run_id = client.create_run(experiment_id, tags=self._tags, run_name=name).info.run_id
         flat = [Param(key, str(value)[:PARAMETER_LENGTH]) for key, value in flatten(self._config.as_dict()).items()]
         for start in range(0, len(flat), PARAMETERS_PER_BATCH):
             client.log_batch(run_id, params=flat[start : start + PARAMETERS_PER_BATCH])
@@ -228,6 +231,19 @@ class MlflowTracker:
                 f"warning: MLflow at {tracking_uri(self._config)} failed ({error}); metrics go on to metrics.jsonl", file=sys.stderr
             )
             self._warned = True
+
+
+def _run_exists(client: Any, run_id: str) -> bool:
+    """Whether the server knows the run: a run may go on with another server than it began with."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+    return True
 
 
 def tracking_uri(config: RunConfig) -> str:

@@ -1,9 +1,11 @@
 """The training run: set up, loop, and what happens between steps."""
 
+import math
 import os
 import signal
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from megatron.core import parallel_state
 
 from megatron_ext.config import RunConfig
 from megatron_ext.data.loader import BatchBuilder, TrainingLoader
+from megatron_ext.errors import UserError
 from megatron_ext.model.encoder import EncoderModel
 from megatron_ext.objective import OBJECTIVES
 from megatron_ext.runtime.cpu import patch_megatron
@@ -20,7 +23,14 @@ from megatron_ext.train.checkpoint import load_checkpoint, read_run_file, remove
 from megatron_ext.train.metrics import Counters, SpeedMeter, peak_flops, step_flops
 from megatron_ext.train.optimizer import build_optimizer, learning_rate, reset_optimizer_state, set_learning_rate
 from megatron_ext.train.preflight import RunSetup, prepare
-from megatron_ext.train.resume import check_continues, checkpoint_folder, find_checkpoint
+from megatron_ext.train.resume import (
+    check_agreement,
+    check_continues,
+    checkpoint_folder,
+    comparison_ratio,
+    find_checkpoint,
+    is_same_run,
+)
 from megatron_ext.train.step import Sums, run_schedule
 from megatron_ext.train.tracking import Status, Trackers, build_trackers
 from megatron_ext.train.validation import validate
@@ -37,9 +47,12 @@ def train(config: RunConfig) -> None:
     record = read_run_file(checkpoint) if checkpoint else None
     if record is not None:
         check_continues(setup, record)
+        if not is_same_run(config, checkpoint):
+            record = branch_of(record, checkpoint)
     use_all_cores()
     patch_megatron()
     with process_groups(setup.layout, setup.backend):
+        check_agreement(checkpoint)
         trackers = build_trackers(config, setup.plan.total_steps, record, rank_from_environment() == 0)
         status: Status = "FAILED"
         try:
@@ -53,6 +66,12 @@ def train(config: RunConfig) -> None:
             raise
         finally:
             trackers.finish(status)
+
+
+def branch_of(record: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """What a run that starts from another run's checkpoint takes over: all but that run's identity, which becomes its parent."""
+    parent = {"checkpoint": str(checkpoint), "step": record["step"], "mlflow_run_id": record["mlflow_run_id"]}
+    return {**record, "mlflow_run_id": None, "run_key": None, "parent": parent}
 
 
 def use_all_cores() -> None:
@@ -85,6 +104,8 @@ class Trainer:
     counters: Counters = field(default_factory=Counters)
     step: int = 0
     """Completed steps."""
+    parent: dict[str, Any] | None = None
+    """The checkpoint of another run that this one branched from."""
 
     @classmethod
     def build(cls, setup: RunSetup, trackers: Trackers) -> "Trainer":
@@ -109,12 +130,16 @@ class Trainer:
         """Continue from a checkpoint."""
         load_checkpoint(checkpoint, self.bare_chunks, self.optimizer)
         self.step = record["step"]
+        self.parent = record["parent"]
         self.counters = Counters(**{name: record[name] for name in Counters().as_dict()})
 
     def run(self) -> Status:
         """Run the steps that are left."""
         plan, config = self.setup.plan, self.setup.config
         last = config.training.stop_at_step or plan.total_steps
+        self.speed.start()
+        if self.step == last and rank_from_environment() == 0:
+            print(f"step {self.step} of {last}: nothing is left to do", file=sys.stderr)
         window = Sums(self.setup.backend.device)
         window_steps = 0
         for data in self.loader.prefetch(self.step, last):
@@ -148,7 +173,13 @@ class Trainer:
         self.optimizer.zero_grad()
         sums = run_schedule(self.chunks, batches, self._tokens_per_batch, self.setup.backend.device, forward_only=False)
         _, gradient_norm, _ = self.optimizer.step()
-        return sums, float(gradient_norm or 0.0)
+        if not math.isfinite(gradient_norm):
+            # The norm is global, so every rank stops here, and the last checkpoint is from before the bad update.
+            raise UserError(
+                f"the gradient norm of step {self.step + 1} is {gradient_norm}: training stopped before anything was saved; "
+                "a lower optimizer.learning_rate or a longer warmup usually helps"
+            )
+        return sums, float(gradient_norm)
 
     @property
     def _tokens_per_batch(self) -> int:
@@ -209,6 +240,8 @@ class Trainer:
                 }
                 for p in plan.phases
             ],
+            "comparison_mask_ratio": comparison_ratio(self.setup),
+            "parent": self.parent,
             **self.trackers.identity(),
         }
 

@@ -9,6 +9,7 @@ from megatron_ext.data.batch import MicroBatch
 from megatron_ext.data.loader import BatchBuilder
 from megatron_ext.objective import OBJECTIVES, VALIDATION_STREAM, Objective, Phase
 from megatron_ext.train.preflight import RunSetup
+from megatron_ext.train.resume import comparison_ratio
 from megatron_ext.train.step import run_schedule
 
 COMPARISON = "validation_mlm_loss"
@@ -26,7 +27,7 @@ class Task:
 
 def comparison_task(setup: RunSetup) -> Task:
     """MLM with plain mask tokens at one ratio, the same through the whole run."""
-    ratio = setup.config.validation.mask_ratio or setup.plan.comparison_mask_ratio()
+    ratio = comparison_ratio(setup)
     return Task(COMPARISON, OBJECTIVES["mlm"], MaskingConfig(ratio=ratio), ratio)
 
 

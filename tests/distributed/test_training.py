@@ -241,3 +241,59 @@ def test_checkpoint_of_any_layout_exports_and_verifies(other_layout: dict[str, R
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert architecture in done.stdout
+
+
+def refused(capfd: pytest.CaptureFixture, tree: dict[str, Any]) -> str:
+    """The error of a run that must not start or go on."""
+    with pytest.raises(RuntimeError) as caught:
+        run_on_ranks(run_training, 1, [tree])
+    capfd.readouterr()
+    return next(line for line in str(caught.value).splitlines() if "UserError: " in line)
+
+
+def test_a_run_that_diverges_stops_before_it_saves(corpus: Corpus, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    tree = config_tree(corpus, tmp_path / "run", {})
+    tree["optimizer"] = {"learning_rate": 1e30, "warmup_steps": 3}
+    assert "gradient norm" in refused(capfd, tree)
+    for checkpoint in (tmp_path / "run/checkpoints").glob("step_*"):
+        assert all(torch.isfinite(tensor).all() for tensor in Run(tmp_path / "run", []).weights(int(checkpoint.name[5:])).values())
+
+
+def test_a_branch_does_not_mix_with_other_checkpoints(
+    corpus: Corpus, one_rank: dict[str, Run], tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(one_rank["whole"].folder, tmp_path / "run")
+    for start in (tmp_path / "run/checkpoints/step_00000004", one_rank["resumed"].checkpoint(TOTAL)):
+        assert "choose another output_dir" in refused(capfd, config_tree(corpus, tmp_path / "run", {}, resume=str(start)))
+    parent = json.loads((one_rank["resumed"].checkpoint(TOTAL) / "run.json").read_text())["parent"]
+    assert parent["checkpoint"] == str(one_rank["whole"].checkpoint(SAVED))
+
+
+def test_other_data_or_a_damaged_checkpoint_are_refused(
+    corpus: Corpus, one_rank: dict[str, Run], tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    start = str(one_rank["whole"].checkpoint(EDGE))
+    for ending in (".bin", ".idx", ".json"):
+        shutil.copy(f"{corpus.prefix}{ending}", f"{tmp_path / 'moved'}{ending}")
+    moved = Corpus(corpus.text, corpus.tokenizer, tmp_path / "moved")
+    run_on_ranks(run_training, 1, [config_tree(moved, tmp_path / "same", {}, resume=start)])
+    assert Run(tmp_path / "same", []).shard_sums(TOTAL) == one_rank["whole"].shard_sums(TOTAL)
+    with open(f"{moved.prefix}.bin", "r+b") as file:
+        file.write(b"\x21\x00")
+    assert "data sets" in refused(capfd, config_tree(moved, tmp_path / "other", {}, resume=start))
+    damaged = tmp_path / "damaged"
+    shutil.copytree(start, damaged)
+    shard = sorted(damaged.glob("*.distcp"))[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert shard.name in refused(capfd, config_tree(corpus, tmp_path / "broken", {}, resume=str(damaged)))
+
+
+def test_a_plan_is_extended_only_with_a_schedule_of_its_own(
+    corpus: Corpus, one_rank: dict[str, Run], tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    longer = config_tree(corpus, tmp_path / "run", {}, resume=str(one_rank["whole"].checkpoint(TOTAL)))
+    longer["phases"].append({"objective": "mlm", "steps": 4})
+    assert "rewarm" in refused(capfd, longer)
+    longer["phases"][-1] = {"objective": "mlm", "steps": 4, "learning_rate": "rewarm"}
+    run_on_ranks(run_training, 1, [longer])
+    assert (tmp_path / f"run/checkpoints/step_{TOTAL + 4:08d}/run.json").is_file()
