@@ -37,6 +37,6 @@ setup(
         # Fine-tuning and evaluation on transformers, and their grid on a cluster: what the study needs around the models.
         "eval": ["accelerate>=1.1", "datasets>=3", "scikit-learn>=1.5", "seqeval>=1.2"],
         "cluster": ["ray[default]>=2.40"],
-        "dev": ["pytest>=8.3", "pytest-timeout>=2.3", "ruff>=0.9", "setuptools>=77"],
+        "dev": ["pytest>=8.3", "pytest-timeout>=2.3", "ruff>=0.9", "setuptools>=77", "zstandard>=0.23"],
     },
 )

@@ -82,6 +82,7 @@ def _training(tree: dict[str, Any]) -> dict[str, Any]:
         "parallel layout": tree.get("parallel"),
         "tokenizer SHA-256": tree["tokenizer"]["fingerprint"],
         "MLflow run": tree.get("mlflow_run_id"),
+        "branched from": tree.get("parent"),
         "versions": tree.get("versions"),
         "checkpoint written": tree.get("created"),
     }
