@@ -6,9 +6,7 @@ listing, not stored. Layers are saved one by one under their own names, which is
 and any pipeline layout load what another saved.
 """
 
-import hashlib
 import json
-import re
 import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -20,51 +18,24 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
+from megatron_ext.checkpoint_files import (
+    FORMAT,
+    RUN_FILE,
+    checkpoint_name,
+    complete_checkpoints,
+    describe_files,
+    find_damage,
+    read_run_file,
+    step_of,
+)
 from megatron_ext.errors import UserError
 from megatron_ext.train.optimizer_state import adapt_loaded_state, redirect_master_weights
 from megatron_ext.train.preflight import RunSetup
 
-FORMAT = 1
-RUN_FILE = "run.json"
 TOKENIZER_FOLDER = "tokenizer"
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "config.json")
 # Layers under their own names; optimizer shards gathered so that any layout can load them.
 SHARDING = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
-
-
-def checkpoint_name(step: int) -> str:
-    """Directory name of the checkpoint after `step` completed steps."""
-    return f"step_{step:08d}"
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The published checkpoints of a run, oldest first."""
-    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name) and (path / RUN_FILE).is_file()]
-    return sorted(found)
-
-
-def step_of(checkpoint: Path) -> int:
-    """Completed steps of a checkpoint, from its name; -1 if it has another name."""
-    match = re.fullmatch(r"step_(\d{8})", checkpoint.name)
-    return int(match[1]) if match else -1
-
-
-def read_run_file(checkpoint: Path) -> dict[str, Any]:
-    """The checkpoint's `run.json`.
-
-    Raises:
-        UserError: it is missing or broken.
-    """
-    path = checkpoint / RUN_FILE
-    try:
-        record = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{checkpoint} is not a complete checkpoint: there is no {path}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from error
-    if record.get("format") != FORMAT:
-        raise UserError(f"{path} has format {record.get('format')}: this version reads format {FORMAT}")
-    return record
 
 
 def sharded_state(chunks: Sequence[torch.nn.Module], optimizer: Any | None, is_loading: bool) -> dict[str, Any]:
@@ -138,7 +109,7 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 
 def _write_run_file(aside: Path, setup: RunSetup, record: dict[str, Any]) -> None:
     source = setup.tokenizer.source
-    files = sorted(path for path in aside.rglob("*") if path.is_file())
+    files = sorted(str(path.relative_to(aside)) for path in aside.rglob("*") if path.is_file())
     full = {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -155,18 +126,10 @@ def _write_run_file(aside: Path, setup: RunSetup, record: dict[str, Any]) -> Non
         "backend": setup.backend.name,
         "config": setup.config.as_dict(),
         "versions": {name: metadata.version(name) for name in ("torch", "megatron-core")},
-        "files": {str(path.relative_to(aside)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files},
+        "files": describe_files(aside, files),
     }
     with open(aside / RUN_FILE, "w") as file:
         json.dump(full, file, indent=1)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _check_files(checkpoint: Path) -> None:
@@ -175,16 +138,6 @@ def _check_files(checkpoint: Path) -> None:
     index = FileSystemReader(str(checkpoint)).read_metadata()
     for storage in {info.relative_path for info in index.storage_data.values()}:
         assert (checkpoint / storage).is_file(), f"{checkpoint / storage} is named in the index and was not written"
-
-
-def _check_sizes(checkpoint: Path) -> None:
-    """Every file that was written is there in its full length."""
-    for name, written in read_run_file(checkpoint)["files"].items():
-        path = checkpoint / name
-        size = path.stat().st_size if path.is_file() else None
-        if size != written["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise UserError(f"checkpoint {checkpoint} is damaged: {name} {found}, {written['bytes']} bytes were written")
 
 
 def _first_line(error: BaseException) -> str:
@@ -202,7 +155,9 @@ def load_checkpoint(checkpoint: Path, chunks: Sequence[torch.nn.Module], optimiz
         chunks: this rank's model chunks, without their wrappers.
         optimizer: megatron's optimizer, or None.
     """
-    _check_sizes(checkpoint)
+    damage = find_damage(checkpoint)
+    if damage:
+        raise UserError(f"checkpoint {checkpoint} is damaged: {'; '.join(damage)}")
     wanted = sharded_state(chunks, optimizer, is_loading=True)
     if optimizer is not None:
         stored = FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_ext.checkpoint_files import read_run_file
 from megatron_ext.config import ParallelConfig, TrainingConfig
 from megatron_ext.data.batch import MicroBatch, collate
 from megatron_ext.model.presets import EncoderConfig
@@ -14,7 +15,7 @@ from megatron_ext.runtime.backend import Backend
 from megatron_ext.runtime.cpu import patch_megatron
 from megatron_ext.runtime.topology import check_layout, process_groups
 from megatron_ext.train.build import build_model
-from megatron_ext.train.checkpoint import load_checkpoint, read_run_file
+from megatron_ext.train.checkpoint import load_checkpoint
 
 ON_CPU = Backend(device=torch.device("cpu"), layers="local", communication="gloo")
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
+from megatron_ext.checkpoint_files import complete_checkpoints, step_of
 from megatron_ext.config import RunConfig, from_dict
 from megatron_ext.errors import UserError
 from megatron_ext.objective import PhasePlan
-from megatron_ext.train.checkpoint import complete_checkpoints, step_of
 from megatron_ext.train.optimizer import learning_rate
 from megatron_ext.train.preflight import RunSetup
 

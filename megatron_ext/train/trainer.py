@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from megatron_ext.checkpoint_files import read_run_file
 from megatron_ext.config import RunConfig
 from megatron_ext.data.loader import BatchBuilder, TrainingLoader
 from megatron_ext.errors import UserError
@@ -19,7 +20,7 @@ from megatron_ext.objective import OBJECTIVES
 from megatron_ext.runtime.cpu import patch_megatron
 from megatron_ext.runtime.topology import process_groups, rank_from_environment, world_size_from_environment
 from megatron_ext.train.build import build_model, wrap_model
-from megatron_ext.train.checkpoint import load_checkpoint, read_run_file, remove_old_checkpoints, save_checkpoint
+from megatron_ext.train.checkpoint import load_checkpoint, remove_old_checkpoints, save_checkpoint
 from megatron_ext.train.metrics import Counters, SpeedMeter, peak_flops, step_flops
 from megatron_ext.train.optimizer import build_optimizer, learning_rate, reset_optimizer_state, set_learning_rate
 from megatron_ext.train.preflight import RunSetup, prepare

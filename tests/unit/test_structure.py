@@ -11,11 +11,12 @@ PACKAGE = "megatron_ext"
 LONGEST_MODULE = 500
 
 # What each part may import of the package besides itself; an entry stands for the module or folder and all below it.
-CORE = {"errors", "config"}
+CORE = {"errors", "config", "checkpoint_files"}
 ALLOWED = {
     "": set(),
     "errors": set(),
     "config": {"errors"},
+    "checkpoint_files": {"errors"},
     "objective": {"errors", "config"},
     "runtime": CORE,
     "data": CORE | {"objective", "runtime"},
