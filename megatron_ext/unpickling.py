@@ -354,7 +354,8 @@ def _load_plain(load: Callable[..., Any], file: Any, checkpoint: Path, what: str
         found = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"unrecognized function (.+)", str(error))
         if found:
             raise _foreign(checkpoint, what, found[1]) from None
-        raise UserError(f"checkpoint {checkpoint}: {what} cannot be read ({_one_line(error)})") from None
+        reason = str(error).partition("WeightsUnpickler error:")[2].strip().splitlines() or [type(error).__name__]
+        raise UserError(f"checkpoint {checkpoint}: {what} is not plain data ({reason[0]:.200})") from None
     except Exception as error:  # a damaged archive raises anything
         raise UserError(f"checkpoint {checkpoint}: {what} cannot be read ({_one_line(error)})") from None
     if not isinstance(value, torch.Tensor) and any(_may_be_pickled(leaf) for leaf in _leaves(value)):

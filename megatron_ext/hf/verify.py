@@ -171,8 +171,14 @@ def _load_model(folder: Path, family: Family) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     auto_class = AutoModelForCausalLM if family.causal else AutoModelForMaskedLM
-    only_here = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
-    model, loading = auto_class.from_pretrained(str(folder), dtype=torch.float32, output_loading_info=True, **only_here)
+    model, loading = auto_class.from_pretrained(
+        str(folder),
+        dtype=torch.float32,
+        output_loading_info=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
     if type(model).__name__ != family.architecture:
         raise VerificationError(f"verification failed: {folder.name} loads as {type(model).__name__}, not {family.architecture}")
     problems = {kind: sorted(map(str, names)) for kind, names in loading.items() if names}
