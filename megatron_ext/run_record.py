@@ -46,12 +46,12 @@ NUMBER = _Kind("a number, at least 0", _is_number)
 FLAG = _Kind("true or false", lambda value: isinstance(value, bool))
 TEXT = _Kind("text", lambda value: isinstance(value, str))
 NAME = _Kind("null, or up to 64 letters, digits, _ and -", lambda value: value is None or _is_name(value))
-DIGEST = _Kind("a SHA-256 in hexadecimal digits", lambda value: isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value)))
+DIGEST = _Kind(
+    "a SHA-256 in hexadecimal digits", lambda value: isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value))
+)
 OBJECT = _Kind("an object", lambda value: isinstance(value, dict))
 OBJECT_OR_NULL = _Kind("null or an object", lambda value: value is None or isinstance(value, dict))
-OBJECTS = _Kind(
-    "a list of objects", lambda value: isinstance(value, list) and all(isinstance(item, dict) for item in value)
-)
+OBJECTS = _Kind("a list of objects", lambda value: isinstance(value, list) and all(isinstance(item, dict) for item in value))
 
 ENCODER = {
     "num_layers": LAYERS,

@@ -139,7 +139,7 @@ def read_dataset_info(prefix: Path) -> DatasetInfo | None:
         return None
     try:
         return DatasetInfo(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"data set {prefix}: {path} is not a sidecar of tools/preprocess_data.py ({error})") from None
 
 

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
     from tokenizers import Tokenizer as TokenizersPipeline
 
-LARGEST_MODEL = 2**26  # bytes; a vocabulary of 256,000 pieces takes 5 million
 SPACE_SYMBOL = "▁"
 UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # ModelProto.SentencePiece.Type
@@ -42,11 +41,7 @@ def read_model_proto(path: Path) -> "ModelProto":
 
     proto = ModelProto()
     try:
-        with open(path, "rb") as file:
-            content = file.read(LARGEST_MODEL + 1)
-        if len(content) > LARGEST_MODEL:
-            raise UserError(f"tokenizer {path}: more than {LARGEST_MODEL:,} bytes, which no SentencePiece model has")
-        proto.ParseFromString(content)
+        proto.ParseFromString(path.read_bytes())
     except DecodeError:
         raise UserError(f"tokenizer {path}: not a SentencePiece model file") from None
     except OSError as error:

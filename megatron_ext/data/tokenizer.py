@@ -147,6 +147,7 @@ class HuggingFaceTokenizer:
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer as TokenizersPipeline
 
+        _refuse_custom_code(path)
         self.source = path
         fast = self.to_fast()
         self._pipeline = TokenizersPipeline.from_str(fast.backend_tokenizer.to_str())
@@ -199,9 +200,9 @@ class HuggingFaceTokenizer:
         """See `Tokenizer`. Raises `UserError` if the folder holds no fast tokenizer."""
         from transformers import AutoTokenizer
 
-        _refuse_custom_code(self.source)
         try:
-            fast = AutoTokenizer.from_pretrained(str(self.source), local_files_only=True, trust_remote_code=False, use_fast=True)
+            # Code that comes with a folder is not run, and nobody is asked whether it should be.
+            fast = AutoTokenizer.from_pretrained(str(self.source), local_files_only=True, use_fast=True, trust_remote_code=False)
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for a folder it cannot read
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"tokenizer {self.source}: not a Hugging Face tokenizer folder ({reason})") from error

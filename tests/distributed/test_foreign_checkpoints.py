@@ -284,9 +284,7 @@ def _first_shard(checkpoint: Path) -> str:
         (lambda c: _sign(c, tokenizer={**_record(c)["tokenizer"], "path": "/etc/passwd"}), "only paths inside"),
     ],
 )
-def test_nothing_outside_the_checkpoint_is_read(
-    small: Path, tmp_path: Path, change: Callable[[Path], Any], message: str
-) -> None:
+def test_nothing_outside_the_checkpoint_is_read(small: Path, tmp_path: Path, change: Callable[[Path], Any], message: str) -> None:
     checkpoint = _copy(small, tmp_path / small.name)
     change(checkpoint)
     with pytest.raises(UserError, match=message) as caught:

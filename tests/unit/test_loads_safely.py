@@ -84,9 +84,8 @@ def unsafe_loads(path: Path, source: str) -> Iterator[str]:
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
             if {module.split(".")[0] for module in modules} & PICKLERS:
                 yield f"{place} {ast.unparse(node)}"
-        elif path != UNPICKLING and isinstance(node, ast.Attribute | ast.Name) and id(node) not in called:
-            if dotted(node, names) in LOADERS:  # handed on to be called elsewhere
-                yield f"{place} {ast.unparse(node)}"
+        elif path != UNPICKLING and id(node) not in called and dotted(node, names) in LOADERS:  # handed on, called elsewhere
+            yield f"{place} {ast.unparse(node)}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
