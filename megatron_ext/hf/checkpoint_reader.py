@@ -1,10 +1,7 @@
 """Reads a training checkpoint without megatron and without a process group: run.json, and one tensor at a time."""
 
-import dataclasses
-import json
 import warnings
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +11,11 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from megatron_ext.checkpoint_files import inside, read_run_file
 from megatron_ext.errors import UserError
 from megatron_ext.model.presets import EncoderConfig
+from megatron_ext.unpickling import refuse_foreign_code
 
-SUPPORTED_FORMAT = 1
-REQUIRED_KEYS = ("encoder", "vocab_size", "padded_vocab_size", "causal", "tokenizer", "config", "step")
 OPTIMIZER_PREFIX = "optimizer."
 
 
@@ -54,19 +51,18 @@ class TensorInfo:
 class CheckpointReader:
     """A checkpoint directory `step_00001000/` in megatron's torch_dist format plus run.json.
 
-    The tensor files are read with `torch.distributed.checkpoint` alone. Its metadata file is a pickle: read only
-    checkpoints that you trust.
+    The tensor files are read with `torch.distributed.checkpoint` alone, tensors only, by an index that was looked through.
     """
 
     def __init__(self, directory: Path):
         """Read run.json and the list of tensors.
 
         Raises:
-            UserError: the directory is no complete checkpoint, or of another format than this version reads.
+            UserError: the directory is no complete checkpoint, or one that holds code or what this version does not read.
         """
         self.directory = directory
         self.record = _read_record(directory)
-        self._reader = _CachedReader(directory)
+        self._metadata = refuse_foreign_code(directory)
         self.tensors = self._model_tensors()
 
     def read(self, key: str) -> Tensor:
@@ -80,7 +76,8 @@ class CheckpointReader:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                distributed_checkpoint.load(state, storage_reader=self._reader, no_dist=True)
+                reader = _IndexedReader(self.directory, self._metadata)
+                distributed_checkpoint.load(state, storage_reader=reader, no_dist=True)
         except CheckpointException as error:
             # Not an `Exception`; it carries, per rank, whatever the reader met: missing files, short reads, damaged archives.
             cause = next(iter(error.failures.values()))[0]
@@ -89,62 +86,36 @@ class CheckpointReader:
 
     def _model_tensors(self) -> dict[str, TensorInfo]:
         """The model's tensors: all but the optimizer's, and without objects such as megatron's extra states."""
-        try:
-            entries = self._reader.metadata.state_dict_metadata
-        except Exception as error:
-            # Unpickling a damaged file can raise anything.
-            raise UserError(f"checkpoint {self.directory}: .metadata cannot be read ({_one_line(error)})") from error
         return {
             key: TensorInfo(tuple(entry.size), entry.properties.dtype)
-            for key, entry in entries.items()
+            for key, entry in self._metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata) and not key.startswith(OPTIMIZER_PREFIX)
         }
 
 
-class _CachedReader(FileSystemReader):
-    """Reads the metadata once, and not for every tensor: it lists each shard of the optimizer too."""
+class _IndexedReader(FileSystemReader):
+    """Reads by an index that is there already, instead of unpickling the file for every tensor."""
 
-    @cached_property
-    def metadata(self) -> Metadata:
-        return super().read_metadata()
+    def __init__(self, directory: Path, metadata: Metadata):
+        super().__init__(directory)
+        self._metadata = metadata
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self.metadata
+        return self._metadata
 
 
 def _read_record(directory: Path) -> RunRecord:
-    path = directory / "run.json"
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"checkpoint {directory}: there is no run.json; name a complete .../checkpoints/step_* folder") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {directory}: run.json cannot be read ({_one_line(error)})") from None
-    if not isinstance(tree, dict) or tree.get("format", SUPPORTED_FORMAT) != SUPPORTED_FORMAT:
-        raise UserError(f"{path}: its format is not {SUPPORTED_FORMAT}, the one that this version reads")
-    missing = [key for key in REQUIRED_KEYS if key not in tree]
-    if missing:
-        raise UserError(f"{path}: it lacks {', '.join(missing)}")
+    tree = read_run_file(directory)
     return RunRecord(
-        encoder=_encoder(path, tree["encoder"]),
+        encoder=EncoderConfig(**tree["encoder"]),
         vocab_size=tree["vocab_size"],
         padded_vocab_size=tree["padded_vocab_size"],
         causal=tree["causal"],
         step=tree["step"],
-        tokenizer=directory / tree["tokenizer"]["path"],
+        tokenizer=inside(directory, tree["tokenizer"]["path"], str(directory)),
         tokenizer_fingerprint=tree["tokenizer"]["fingerprint"],
         tree=tree,
     )
-
-
-def _encoder(path: Path, fields: dict[str, Any]) -> EncoderConfig:
-    unknown = fields.keys() - {field.name for field in dataclasses.fields(EncoderConfig)}
-    if unknown:
-        raise UserError(f"{path}: encoder has the unknown field {', '.join(sorted(unknown))}; a newer version wrote it")
-    try:
-        return EncoderConfig(**fields)
-    except TypeError as error:
-        raise UserError(f"{path}: encoder is incomplete ({_one_line(error)})") from None
 
 
 def _one_line(error: BaseException) -> str:

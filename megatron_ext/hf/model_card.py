@@ -119,7 +119,7 @@ def _records(records: list[dict[str, Any]] | None) -> str:
         return "Not recorded."
     columns = list(dict.fromkeys(name for entry in records for name in entry))
     rows = [" | ".join(_cell(entry.get(name)) for name in columns) for entry in records]
-    return "\n".join(f"| {row} |" for row in (" | ".join(columns), " | ".join(["---"] * len(columns)), *rows))
+    return "\n".join(f"| {row} |" for row in (" | ".join(map(_cell, columns)), " | ".join(["---"] * len(columns)), *rows))
 
 
 def _cell(value: Any) -> str:

@@ -149,7 +149,7 @@ def _check_tokenizer(folder: Path, tokenizer: Tokenizer) -> int:
     from transformers import AutoTokenizer
 
     # The texts are compared whole, however little the model takes: no warning about their length.
-    fast = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, model_max_length=10**6)
+    fast = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, model_max_length=10**6)
     texts = verification_texts()
     for number, text in enumerate(texts, start=1):
         exported, trained = fast(text, add_special_tokens=False)["input_ids"], tokenizer.encode(text)
@@ -171,7 +171,14 @@ def _load_model(folder: Path, family: Family) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     auto_class = AutoModelForCausalLM if family.causal else AutoModelForMaskedLM
-    model, loading = auto_class.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True, output_loading_info=True)
+    model, loading = auto_class.from_pretrained(
+        str(folder),
+        dtype=torch.float32,
+        output_loading_info=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
     if type(model).__name__ != family.architecture:
         raise VerificationError(f"verification failed: {folder.name} loads as {type(model).__name__}, not {family.architecture}")
     problems = {kind: sorted(map(str, names)) for kind, names in loading.items() if names}

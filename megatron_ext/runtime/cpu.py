@@ -1,4 +1,5 @@
-"""Lets megatron-core run where there is no CUDA. The only module that patches megatron-core or torch.
+"""Lets megatron-core run where there is no CUDA. The only module that patches megatron-core or torch for good.
+(`megatron_ext.unpickling.only_plain_data` replaces two functions of torch while a checkpoint is loaded.)
 
 megatron-core assumes CUDA in three ways, each met by one patch below. All were found on 0.16.1 and hold to 0.19.x
 (`SUPPORTED`); `patch_megatron` refuses other versions, so that an upgrade is looked at before it is trusted.

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_ext.checkpoint_files import (
     FORMAT,
@@ -31,6 +31,7 @@ from megatron_ext.checkpoint_files import (
 from megatron_ext.errors import UserError
 from megatron_ext.train.optimizer_state import adapt_loaded_state, redirect_master_weights
 from megatron_ext.train.preflight import RunSetup
+from megatron_ext.unpickling import only_plain_data, read_metadata, refuse_foreign_code
 
 TOKENIZER_FOLDER = "tokenizer"
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "config.json")
@@ -133,11 +134,9 @@ def _write_run_file(aside: Path, setup: RunSetup, record: dict[str, Any]) -> Non
 
 
 def _check_files(checkpoint: Path) -> None:
-    """What was written can be read: the run file parses, and every shard that megatron's index names is there."""
+    """What was written can be read: the run file parses, and every byte that megatron's index names is there."""
     read_run_file(checkpoint)
-    index = FileSystemReader(str(checkpoint)).read_metadata()
-    for storage in {info.relative_path for info in index.storage_data.values()}:
-        assert (checkpoint / storage).is_file(), f"{checkpoint / storage} is named in the index and was not written"
+    read_metadata(checkpoint)
 
 
 def _first_line(error: BaseException) -> str:
@@ -148,7 +147,7 @@ def load_checkpoint(checkpoint: Path, chunks: Sequence[torch.nn.Module], optimiz
     """Fill the model, and the optimizer if there is one, from a checkpoint saved at any layout.
 
     Raises:
-        UserError: a file is missing or damaged.
+        UserError: a file is missing or damaged, or holds code.
 
     Args:
         checkpoint: a published checkpoint.
@@ -158,15 +157,18 @@ def load_checkpoint(checkpoint: Path, chunks: Sequence[torch.nn.Module], optimiz
     damage = find_damage(checkpoint)
     if damage:
         raise UserError(f"checkpoint {checkpoint} is damaged: {'; '.join(damage)}")
+    stored = refuse_foreign_code(checkpoint).state_dict_metadata
     wanted = sharded_state(chunks, optimizer, is_loading=True)
     if optimizer is not None:
-        stored = FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
         redirect_master_weights(wanted["optimizer"], set(stored))
         sharding = wanted["optimizer"].get("param_state_sharding_type")
     try:
-        state = dist_checkpointing.load(wanted, str(checkpoint))
+        with only_plain_data(checkpoint):
+            state = dist_checkpointing.load(wanted, str(checkpoint))
     except CheckpointException as error:  # torch's own, and not an Exception
         cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, UserError):
+            raise cause from None
         raise UserError(f"checkpoint {checkpoint} cannot be read ({type(cause).__name__}: {_first_line(cause)})") from error
     for number, chunk in enumerate(chunks):
         chunk.load_state_dict(state["model" if len(chunks) == 1 else f"model{number}"])

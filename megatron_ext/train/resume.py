@@ -88,7 +88,7 @@ def check_continues(setup: RunSetup, record: dict[str, Any]) -> None:
     if record["encoder"] != vars(setup.encoder):
         raise UserError(f"resume: model is {vars(setup.encoder)}, but the checkpoint was trained with {record['encoder']}")
     _check_data(setup, record)
-    old, new = record["config"], setup.config.as_dict()
+    old, new = from_dict(record["config"]).as_dict(), setup.config.as_dict()
     mixes = any(len(phase.weights) > 1 for phase in setup.plan.phases)
     for key in [*FIXED, *([MIXTURE_ONLY] if mixes else [])]:
         before, now = _get(old, key), _get(new, key)

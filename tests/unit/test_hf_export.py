@@ -84,20 +84,26 @@ def random_tensors(encoder, dtype=torch.float32):
 
 
 def write_run_json(folder, encoder, causal, tokenizer_file):
-    """The parts of run.json that export reads, and the tokenizer."""
+    """A run.json as training writes it, and the tokenizer."""
     from megatron_ext.data.tokenizer import load_tokenizer
 
     shutil.copy(tokenizer_file, folder / "tokenizer.model")
     phases = [{"name": "0-clm", "start_step": 0, "end_step": 30}, {"name": "1-mlm", "start_step": 30, "end_step": 40, "ratio": 0.4}]
+    counters = {"samples": 640, "tokens": 123456, "predicted_tokens": 98765, "flops": 1e9}
+    names = {"phase": "1-mlm", "parent": None, "mlflow_run_id": None, "run_key": None}
+    objects = {"parallel": {}, "versions": {}, "files": {}, "data": []}
     run = {
         "format": 1,
-        "config": {"training": {"precision": "fp32"}},
+        **counters,
+        **names,
+        **objects,
+        "comparison_mask_ratio": 0.4,
+        "config": {"training": {"precision": "fp32"}, "data": {}},
         "encoder": dataclasses.asdict(encoder),
         "vocab_size": VOCAB_SIZE,
         "padded_vocab_size": PADDED_VOCAB_SIZE,
         "causal": causal,
         "step": 40,
-        "tokens": 123456,
         "phases": phases,
         "tokenizer": {"path": "tokenizer.model", "fingerprint": load_tokenizer(tokenizer_file).fingerprint},
     }

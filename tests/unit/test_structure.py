@@ -16,16 +16,18 @@ ALLOWED = {
     "": set(),
     "errors": set(),
     "config": {"errors"},
-    "checkpoint_files": {"errors"},
+    "run_record": {"errors"},
+    "checkpoint_files": {"errors", "run_record"},
+    "unpickling": {"errors", "checkpoint_files"},
     "objective": {"errors", "config"},
     "runtime": CORE,
     "data": CORE | {"objective", "runtime"},
     "model": CORE | {"objective", "runtime", "data"},
-    "train": CORE | {"objective", "runtime", "data", "model"},
-    "hf": CORE | {"objective", "data.tokenizer", "model.presets"},
+    "train": CORE | {"unpickling", "objective", "runtime", "data", "model"},
+    "hf": CORE | {"unpickling", "objective", "data.tokenizer", "model.presets"},
     "plan": CORE | {"objective", "runtime", "data", "model"},
     "evaluation": {"errors"},
-    "study": CORE | {"objective", "runtime", "data", "model", "train", "hf", "plan", "evaluation"},
+    "study": CORE | {"unpickling", "objective", "runtime", "data", "model", "train", "hf", "plan", "evaluation"},
 }
 MAY_IMPORT_MEGATRON = {"runtime", "data", "model", "train", "plan"}
 NEVER = "megatron.training"
