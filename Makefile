@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test test-slow soak lint clean
 
 install: $(INSTALLED)
 
@@ -18,8 +18,16 @@ $(INSTALLED): setup.py constraints.txt
 demo: install
 	$(BIN)/python examples/quickstart/demo.py --output-dir build/demo
 
+# Two files at a time: most tests wait for processes of their own.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+# One run killed at random 30 times, with damaged checkpoints, against the undisturbed one. Results in build/soak.
+soak: install
+	$(BIN)/python -m tests.soak.run --output-dir build/soak
 
 lint: install
 	$(BIN)/ruff check .

@@ -6,17 +6,20 @@ from megatron_ext.config import load_config
 from megatron_ext.errors import run_command
 
 
-def main() -> None:
+def main() -> int:
     """Parse the configuration and run the trainer, or show the configuration."""
     config, only_print = load_config(sys.argv[1:])
     if only_print:
         from megatron_ext.train.show import print_config
 
         print_config(config)
-        return
+        return 0
+    from megatron_ext.runtime.capabilities import check_apex
+
+    check_apex()  # before the next line imports megatron-core, and with it whatever is called apex
     from megatron_ext.train.trainer import train
 
-    train(config)
+    return train(config)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ setup(
         "sentencepiece>=0.2.3,<1",  # older ones crash on crafted models
         "protobuf>=5,<8",  # SentencePiece models are read through their protobuf definition
         "mlflow>=3.1,<4",
-        "jsonargparse[signatures]>=4.53,<5",  # older ones cannot be told to import nothing
         "numpy>=2.0,<3",
         "psutil>=6.0,<8",  # megatron-core's checkpoint writer needs it and does not say so
+        "packaging>=24",
         "pyarrow>=18,<27",
         "PyYAML>=6.0,<7",
         "matplotlib>=3.9,<4",
@@ -37,6 +37,14 @@ setup(
         # Fine-tuning and evaluation on transformers, and their grid on a cluster: what the study needs around the models.
         "eval": ["accelerate>=1.1", "datasets>=3", "scikit-learn>=1.5", "seqeval>=1.2"],
         "cluster": ["ray[default]>=2.40"],
-        "dev": ["pytest>=8.3", "pytest-timeout>=2.3", "ruff>=0.9", "setuptools>=77", "zstandard>=0.23"],
+        "dev": [
+            "pytest>=8.3",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "setuptools>=77",
+            "zstandard>=0.23",
+        ],
     },
 )

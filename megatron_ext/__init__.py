@@ -7,7 +7,7 @@ The data's way through the house, one room after the other:
 
 A room imports only from the rooms to its left:
 
-    errors, config | runtime, objective | data, model | train, hf | pretrain_encoder.py and tools/
+    errors, config | runtime, objective | data, model | train, hf | doctor | pretrain_encoder.py and tools/
 """
 
 import warnings

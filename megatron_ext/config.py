@@ -6,15 +6,20 @@ configuration. What needs a tokenizer, a data set or the number of ranks is chec
 before any process group exists. This module imports neither torch nor megatron, so `--help` stays quick.
 """
 
-import copy
+import argparse
+import ast
 import dataclasses
+import functools
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from megatron_ext.errors import UserError
+from megatron_ext.config_tree import Place, Tree, build, nearest, show, spell, type_hints
+from megatron_ext.config_yaml import read_file, read_word
+from megatron_ext.errors import CommandLine, UserError
+from megatron_ext.secrets import is_redacted, redact
 
 OBJECTIVE_NAMES = ("clm", "mlm", "mntp")
 
@@ -137,6 +142,7 @@ class MaskingConfig:
         _require_share("masking", mask_share=self.mask_share, random_share=self.random_share, keep_share=self.keep_share)
         shares = self.mask_share + self.random_share + self.keep_share
         _require(abs(shares - 1) < 1e-6, f"masking.mask_share + random_share + keep_share is {shares:g}: it must be 1")
+        _require_positive("masking", mean_span_length=self.mean_span_length)
         _require(self.mean_span_length >= 1, f"masking.mean_span_length is {self.mean_span_length}: it must be at least 1")
 
 
@@ -161,8 +167,9 @@ class PhaseConfig:
         names = self.objective if isinstance(self.objective, dict) else {self.objective: 1.0}
         for name, weight in names.items():
             _require(name in OBJECTIVE_NAMES, f"phase objective is '{name}': allowed are {', '.join(OBJECTIVE_NAMES)}")
-            _require(weight > 0, f"phase objective {name} has the weight {weight}: it must be greater than 0")
+            _require(0 < weight < math.inf, f"phase objective {name} has the weight {weight}: it must be greater than 0")
         _require(bool(names), "phase objective is an empty mixture: name at least one objective")
+        _require(sum(names.values()) < math.inf, "phase objective has weights that sum to infinity: give smaller ones")
         _require(
             (self.steps is None) != (self.tokens is None),
             f"phase '{'+'.join(names)}' has steps={self.steps} and tokens={self.tokens}: give exactly one of them",
@@ -255,10 +262,17 @@ class TrainingConfig:
     """Save and stop after this step, to be continued later; null runs the whole plan."""
     log_interval: int = 10
     """Steps between two lines of metrics."""
+    log_batches: bool = False
+    """Write the index of every sample and sums of its tokens and masks to `<output_dir>/batches/`, to prove what was seen."""
+    max_skipped_steps: int = 10
+    """Steps in a row that may be skipped because their loss or gradients are not finite, before the run stops."""
+    timeout_minutes: float = 10.0
+    """How long one micro-batch, save or load may take before the run counts as hanging and ends, naming the rank."""
 
     def __post_init__(self) -> None:
         sizes = ("micro_batch_size", "global_batch_size", "stop_at_step", "log_interval")
-        _require_positive("training", **{name: getattr(self, name) for name in sizes})
+        _require_positive("training", **{name: getattr(self, name) for name in sizes}, timeout_minutes=self.timeout_minutes)
+        _require(self.max_skipped_steps >= 0, f"training.max_skipped_steps is {self.max_skipped_steps}: it must not be negative")
         _require(0 <= self.seed < 2**63, f"training.seed is {self.seed}: it must lie between 0 and 2^63 - 1")
         _require(
             self.global_batch_size % self.micro_batch_size == 0,
@@ -293,12 +307,23 @@ class CheckpointConfig:
 
     interval: int = 1000
     """Steps between two checkpoints (one more at each phase edge and at the end); 0 saves only at the end."""
+    asynchronous: bool = True
+    """Write in the background while training goes on; needs room for a second copy of weights and moments in host memory."""
     keep_last: int = 0
-    """Interval checkpoints to keep besides those at phase edges; 0 keeps all."""
+    """Newest checkpoints to keep besides those that are kept for ever; 0 keeps all."""
+    keep_every: int = 0
+    """Steps between two checkpoints that are kept for ever, as those at phase edges are; 0 for none."""
+    branch_points: list[int] = field(default_factory=list)
+    """Steps after which the run is saved for ever, to branch from them. A checkpoint that a run has branched from is kept, too."""
+    max_failures: int = 3
+    """Saves in a row that may fail, for instance on a full disk, before the run stops; the last one of a run must not fail."""
 
     def __post_init__(self) -> None:
         _require(self.interval >= 0, f"checkpoint.interval is {self.interval}: it must not be negative")
-        _require(self.keep_last >= 0, f"checkpoint.keep_last is {self.keep_last}: it must not be negative")
+        for name in ("keep_last", "keep_every", "max_failures"):
+            _require(getattr(self, name) >= 0, f"checkpoint.{name} is {getattr(self, name)}: it must not be negative")
+        for step in self.branch_points:
+            _require_positive("checkpoint", branch_points=step)
 
 
 @dataclass(kw_only=True)
@@ -308,7 +333,8 @@ class TrackingConfig:
     mlflow: bool = True
     """Track the run in MLflow."""
     uri: str | None = None
-    """Tracking server; null is an embedded SQLite file in output_dir."""
+    """Tracking server; null is an embedded SQLite file in output_dir. Its credentials belong in the environment variables
+    MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."""
     experiment: str = "megatron_ext"
     """MLflow experiment."""
     run_name: str | None = None
@@ -340,7 +366,9 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Experiment tracking."""
     resume: str = "never"
-    """`never` starts anew, `auto` continues from the newest complete checkpoint in output_dir if there is one, a path loads it."""
+    """`never` starts anew, `auto` continues from the newest sound checkpoint in output_dir if there is one, a path loads it."""
+    resume_changes: list[str] = field(default_factory=list)
+    """Fields that may differ from the checkpoint's although they change the data, the masks, the model or the schedule."""
 
     def __post_init__(self) -> None:
         _require(bool(self.phases), "phases is empty: the plan needs at least one phase")
@@ -349,28 +377,59 @@ class RunConfig:
         """The whole tree as plain dictionaries, lists and numbers (what the checkpoint stores)."""
         return dataclasses.asdict(self)
 
+    def public_dict(self) -> dict[str, Any]:
+        """The same without secrets: what is shown, and what is stored for others to read."""
+        return redact(self.as_dict())
 
-def build_parser() -> Any:
+
+def build_parser() -> CommandLine:
     """The command line of `pretrain_encoder.py`: `--config FILE.yaml` and `--section.field value` for every field."""
-    from jsonargparse import ArgumentParser, set_parsing_settings
-
-    set_parsing_settings(
-        docstring_parse_attribute_docstrings=True,  # the fields' docstrings are their help
-        # A value (`class_path`) of a YAML file or a checkpoint can name classes to import: none but those of this module.
-        import_path_denylist=["*"],
-        import_path_allowlist=[__name__],
-    )
-    parser = ArgumentParser(
+    parser = CommandLine(
         prog="pretrain_encoder.py",
+        usage="%(prog)s --config FILE.yaml [--section.field VALUE ...] [--print-config]",
         description="Pretrain one encoder through a plan of CLM / MLM / MNTP phases.",
-        exit_on_error=False,
         allow_abbrev=False,
-        print_config=None,
     )
-    parser.add_argument("--config", action="config", help="YAML file with the tree below; later arguments override it.")
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="YAML file with the tree below; the other arguments override it.",
+    )
     parser.add_argument("--print-config", action="store_true", help="Show the resolved configuration and stop.")
-    parser.add_class_arguments(RunConfig, nested_key=None, fail_untyped=True)
+    for place, _, text in _fields(RunConfig, ()):
+        parser.add_argument(f"--{spell(place)}", metavar="VALUE", default=argparse.SUPPRESS, help=text.replace("%", "%%"))
     return parser
+
+
+def _fields(kind: type, place: Place) -> Iterator[tuple[Place, Any, str]]:
+    """(place, type, help) of each field that is not itself a section."""
+    texts = _field_docstrings(kind)
+    for f in dataclasses.fields(kind):
+        hint = type_hints(kind)[f.name]
+        if dataclasses.is_dataclass(hint):
+            yield from _fields(hint, (*place, f.name))
+            continue
+        spelled = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace(f"{__name__}.", "")
+        default = "required" if f.default is f.default_factory is dataclasses.MISSING else f"default: {_default(f)}"
+        yield (*place, f.name), hint, f"{texts.get(f.name, '')} ({spelled}; {default})"
+
+
+def _default(f: dataclasses.Field) -> str:
+    value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    return str(value) if isinstance(value, list) else show(value)
+
+
+@functools.cache  # finding the source takes longer than all the rest
+def _field_docstrings(kind: type) -> dict[str, str]:
+    """Field name -> the string that stands under the field in the source."""
+    body = ast.parse(inspect.getsource(kind)).body[0].body
+    return {
+        above.target.id: text.value.value
+        for above, text in zip(body, body[1:], strict=False)
+        if isinstance(above, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
 
 
 def load_config(arguments: Sequence[str]) -> tuple[RunConfig, bool]:
@@ -385,20 +444,26 @@ def load_config(arguments: Sequence[str]) -> tuple[RunConfig, bool]:
     Raises:
         UserError: for a missing file, an unknown key, a wrong type or an impossible value, naming it.
     """
-    from jsonargparse import ArgumentError
-
-    for word, value in zip(arguments, arguments[1:], strict=False):
-        if word == "--config" and not Path(value).is_file():
-            raise UserError(f"--config {value}: there is no such file")
     parser = build_parser()
-    try:
-        namespace = parser.parse_args(list(arguments))
-        print_config = namespace.pop("print_config")
-        return _instantiate(parser, namespace), print_config
-    except (ArgumentError, TypeError, ValueError, OSError) as error:  # the parser lets some wrong trees through to Python
-        raise UserError(_one_line(error)) from error
-    except RecursionError:
-        raise UserError("the configuration is nested too deeply") from None
+    given, unknown = parser.parse_known_args(list(arguments))
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]}{nearest(unknown[0].partition('=')[0], parser.options())} (see --help)")
+    tree = Tree()
+    for path in given.config:
+        part = read_file(path, f"--config {path}")
+        for key, value in part.values.items():
+            tree.put((key,), value, part.origins)
+    for place, kind, _ in _fields(RunConfig, ()):
+        name = spell(place)
+        if name in given:
+            tree.put(place, *read_word(getattr(given, name), kind, f"--{name}", place))
+    config = build(RunConfig, tree)
+    _require(  # not in TrackingConfig: a checkpoint stores the redacted address and is read back
+        not is_redacted(config.tracking.uri or ""),
+        f"tracking.uri is {config.tracking.uri}: its user name and password were taken out when it was stored or shown; give the "
+        "address alone, and these in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+    )
+    return config, given.print_config
 
 
 def from_dict(tree: dict[str, Any]) -> RunConfig:
@@ -407,37 +472,6 @@ def from_dict(tree: dict[str, Any]) -> RunConfig:
     Raises:
         UserError: the tree holds a key or value that this version does not know.
     """
-    from jsonargparse import ArgumentError
-
-    _check_sections(tree, RunConfig)
-    parser = build_parser()
-    try:
-        return _instantiate(parser, parser.parse_object(copy.deepcopy(tree)))  # it writes into what it is given
-    except (ArgumentError, TypeError, ValueError) as error:
-        raise UserError(_one_line(error)) from error
-    except RecursionError:
-        raise UserError("the configuration is nested too deeply") from None
-
-
-def _check_sections(tree: Any, section: type, place: str = "") -> None:
-    """The tree holds itself what it says: the parser would take a file's name in the place of a section, and read that file."""
     if not isinstance(tree, dict):
-        raise UserError(f"configuration: {place or 'it'} is {tree!r:.100}: it must be a section with keys of its own")
-    fields = {field.name: field.type for field in dataclasses.fields(section)}
-    for name, value in tree.items():
-        if name not in fields:
-            raise UserError(f"configuration: {place}{'.' if place else ''}{name!s:.100} is an unknown key")
-        inner = [part for part in (fields[name], *get_args(fields[name])) if dataclasses.is_dataclass(part)]
-        for item in value if inner and isinstance(value, list) else [value]:
-            if inner:
-                _check_sections(item, inner[0], f"{place}{'.' if place else ''}{name}")
-
-
-def _instantiate(parser: Any, namespace: Any) -> RunConfig:
-    tree = parser.instantiate_classes(namespace)
-    return RunConfig(**{f.name: tree[f.name] for f in dataclasses.fields(RunConfig)})
-
-
-def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)
+        raise UserError(f"the configuration is {show(tree)}: it must be a mapping")
+    return build(RunConfig, Tree(tree))

@@ -1,19 +1,66 @@
 """The one exception for mistakes that a user can mend: entry points print it as one line and exit with code 2."""
 
+import argparse
+import contextlib
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from typing import NoReturn
+
+from megatron_ext.secrets import redact
 
 SECONDS_FOR_FIRST_RANK = 5.0
+LONGEST_MESSAGE = 2000
+
+
+def printable(text: str) -> str:
+    """The text with everything spelled out that does not show on a terminal, or would steer it.
+
+    Control characters (line ends and escape sequences too), marks of writing direction, lone surrogates and the like become
+    escapes such as `\\x1b`. Applied twice it changes nothing more.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 class UserError(Exception):
-    """A wrong value, file or combination. The message is one line: the value, where it came from, what is allowed."""
+    """A wrong value, file or combination. The message is one line: the value, where it came from, what is allowed.
+
+    It may quote names and values of any origin: they reach the terminal by way of `printable`.
+    """
+
+    def __init__(self, message: str) -> None:
+        message = printable(str(message))
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[: LONGEST_MESSAGE - 505]} ... {message[-500:]}"
+        super().__init__(message)
+
+
+class CommandLine(argparse.ArgumentParser):
+    """An argument parser whose complaints are a `UserError` of one line, without the usage text in front."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the complaint."""
+        raise UserError(f"{message} (see --help)")
+
+    def options(self) -> list[str]:
+        """All option words."""
+        return list(self._option_string_actions)
+
+
+def warn(message: str) -> None:
+    """Print one line of warning on stderr, without secrets; a terminal or log file that takes nothing is no reason to stop."""
+    with contextlib.suppress(OSError):
+        print(f"warning: {printable(redact(message))}", file=sys.stderr, flush=True)
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run an entry point; a `UserError` becomes one line on stderr and exit code 2.
+    """Run an entry point; a `UserError` becomes one line on stderr and exit code 2, any other exception its traceback and 1.
+
+    Both are printed without secrets: the message of somebody else's exception may quote an address or a header.
 
     Under torchrun all ranks of a machine usually meet the same error. The first one speaks; the others leave it the word, for
     torchrun ends them as soon as it has exited, and speak only if they are still there: then the error was theirs alone.
@@ -26,6 +73,9 @@ def run_command(main: Callable[[], int | None]) -> None:
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(SECONDS_FOR_FIRST_RANK)
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         code = 2
+    except Exception:
+        print(redact(traceback.format_exc()), end="", file=sys.stderr)
+        code = 1
     sys.exit(code or 0)

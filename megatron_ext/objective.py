@@ -11,7 +11,6 @@ Everything here is a pure function: masks of (seed, sample index), phases of the
 """
 
 import bisect
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -215,7 +214,9 @@ class Phase:
         if self.masking.final_ratio is None:
             return self.masking.ratio
         progress = (step - self.start_step) / max(1, self.end_step - 1 - self.start_step)
-        return self.masking.ratio + (self.masking.final_ratio - self.masking.ratio) * progress
+        ratio = self.masking.ratio + (self.masking.final_ratio - self.masking.ratio) * progress
+        lowest, highest = sorted((self.masking.ratio, self.masking.final_ratio))
+        return min(max(ratio, lowest), highest)  # rounding may lead beyond the end
 
     def objective(self, seed: int, micro_batch: int) -> Objective:
         """The objective of a micro-batch, counted over the whole run: sample index // micro_batch_size."""
@@ -224,7 +225,8 @@ class Phase:
             return OBJECTIVES[names[0]]
         shares = np.cumsum([self.weights[name] for name in names])
         draw = random_generator(seed, MIXTURE_STREAM, micro_batch).random() * shares[-1]
-        return OBJECTIVES[names[int(np.searchsorted(shares, draw, side="right"))]]
+        place = int(np.searchsorted(shares, draw, side="right"))
+        return OBJECTIVES[names[min(place, len(names) - 1)]]  # the product may round up to the sum of the shares
 
 
 class PhasePlan:
@@ -240,7 +242,7 @@ class PhasePlan:
         self.phases: list[Phase] = []
         start = 0
         for index, phase in enumerate(phases):
-            steps = phase.steps if phase.steps is not None else math.ceil((phase.tokens or 0) / tokens_per_step)
+            steps = phase.steps if phase.steps is not None else -(-(phase.tokens or 0) // tokens_per_step)
             weights = phase.objective if isinstance(phase.objective, dict) else {phase.objective: 1.0}
             self.phases.append(
                 Phase(

@@ -285,10 +285,7 @@ def refuse_foreign_code(checkpoint: Path) -> Metadata:
     _check_backend(checkpoint)
     metadata = read_metadata(checkpoint)
     if (checkpoint / COMMON_FILE).is_file():
-        with open(checkpoint / COMMON_FILE, "rb") as file:
-            common = _load_plain(torch.load, file, checkpoint, COMMON_FILE)
-        if not isinstance(common, dict):
-            raise UserError(f"checkpoint {checkpoint}: {COMMON_FILE} holds {_name(common)} where a dictionary is expected")
+        read_common(checkpoint)
     objects = [
         (metadata.storage_data[MetadataIndex(name)], name)
         for name, entry in metadata.state_dict_metadata.items()
@@ -300,6 +297,22 @@ def refuse_foreign_code(checkpoint: Path) -> Metadata:
                 file.seek(info.offset)
                 _load_plain(torch.load, io.BytesIO(file.read(info.length)), checkpoint, f"{name} in {file_name}")
     return metadata
+
+
+def read_common(checkpoint: Path) -> dict[Any, Any]:
+    """What megatron stores beside the tensors: the optimizer's parameter groups, as plain data.
+
+    Raises:
+        UserError: it is missing, damaged, or holds code.
+    """
+    try:
+        with open(checkpoint / COMMON_FILE, "rb") as file:
+            common = _load_plain(torch.load, file, checkpoint, COMMON_FILE)
+    except OSError as error:
+        raise UserError(f"checkpoint {checkpoint}: {COMMON_FILE} cannot be read ({error.strerror})") from None
+    if not isinstance(common, dict):
+        raise UserError(f"checkpoint {checkpoint}: {COMMON_FILE} holds {_name(common)} where a dictionary is expected")
+    return common
 
 
 def _position(item: tuple[_StorageInfo, str]) -> tuple[str, int]:

@@ -4,10 +4,10 @@ python tools/plot_run.py build/biphasic loss.png
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from megatron_ext.errors import UserError, run_command
+from megatron_ext.errors import run_command
+from megatron_ext.train.line_file import read_metrics
 
 SHADES = {"clm": "#f4d9b8", "mlm": "#c7dcef", "mntp": "#d5e8cf"}
 MIXTURE_SHADE = "#e3e3e3"
@@ -21,20 +21,6 @@ def main() -> None:
     parser.add_argument("--baseline", type=float, help="draw a line at this loss, in nats: a unigram model, say")
     arguments = parser.parse_args()
     draw(read_metrics(arguments.run), arguments.picture, arguments.baseline)
-
-
-def read_metrics(run: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl; a step that was run again after a resume counts as it ran last.
-
-    Raises:
-        UserError: there is no such file.
-    """
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file; the first argument is a run's output_dir")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    latest = {(line["step"], "loss" in line): line for line in lines}
-    return [latest[key] for key in sorted(latest)]
 
 
 def draw(lines: list[dict], picture: Path, baseline: float | None) -> None:

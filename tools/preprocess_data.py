@@ -3,15 +3,14 @@
 Run again after an interruption, it continues with the input files that are not done.
 """
 
-import argparse
 from pathlib import Path
 
-from megatron_ext.errors import run_command
+from megatron_ext.errors import CommandLine, printable, run_command
 
 
 def main() -> None:
     """Parse the command line and preprocess."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help=".jsonl, .txt (also .gz, .zst), .parquet; folder; glob")
     parser.add_argument("--output-prefix", type=Path, required=True, help="path of the data set without its endings")
     parser.add_argument("--tokenizer", type=Path, required=True, help="SentencePiece .model file or Hugging Face folder")
@@ -42,7 +41,8 @@ def main() -> None:
         rejects_path=arguments.rejects,
     )
     mean = counts.tokens / counts.documents
-    print(f"{arguments.output_prefix}: {counts.documents:,} documents, {counts.tokens:,} tokens, {mean:.1f} tokens a document")
+    prefix = printable(str(arguments.output_prefix))
+    print(f"{prefix}: {counts.documents:,} documents, {counts.tokens:,} tokens, {mean:.1f} tokens a document")
     for cause, number in counts.rejected.items():
         print(f"rejected: {number:,} {cause}")
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from megatron_ext.train.line_file import read_metrics
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "examples/quickstart/biphasic.yaml"
 VOCAB_SIZE = 8192
@@ -128,7 +130,7 @@ def unigram_baseline(checkpoint: Path) -> float:
 def summarize(out: Path, checkpoint: Path) -> dict[str, Any]:
     """What the run's own records say."""
     record = json.loads((checkpoint / "run.json").read_text())
-    lines = [json.loads(line) for line in (out / "run/metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(out / "run")
     training = [line for line in lines if "loss" in line]
     sets = [json.loads((out / f"{name}.json").read_text()) for name in CORPORA]
     return {

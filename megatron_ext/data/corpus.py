@@ -6,6 +6,7 @@ A document is one sequence of the index.
 """
 
 import functools
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -14,17 +15,26 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from megatron_ext.data.readers import ReaderSettings, Reject, input_format, read_documents
+from megatron_ext.data.readers import (
+    ReaderSettings,
+    Reject,
+    RejectList,
+    check_regular,
+    input_format,
+    read_documents,
+    rejects_summary,
+)
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.errors import UserError
 
 FORMAT_VERSION = 1
+HASHING_THREADS = 8
 SHARD_ENDINGS = (".bin", ".idx", ".rejects.jsonl", ".json")  # the last one says that the shard is finished
 
 
@@ -52,7 +62,7 @@ class DatasetInfo:
     documents: int
     tokens: int
     rejected: dict[str, int]
-    inputs: list[dict[str, Any]]  # path, bytes, modified_ns, digest
+    inputs: list[dict[str, Any]]  # path, bytes, sha256
     settings: str  # SHA-256 over the format version, the tokenizer and the reader settings
 
 
@@ -61,6 +71,7 @@ class _Job:
     """One input file and the shard it becomes."""
 
     source: Path
+    state: tuple[int, int]  # size and time of the last change when the run began
     shard: str  # prefix of the shard's files
     tokenizer: Path
     eos_id: int | None
@@ -98,37 +109,49 @@ def preprocess(
         rejects_path: where rejected records are listed; None takes `output_prefix.rejects.jsonl`.
 
     Raises:
-        UserError: a missing input, no EOS to append, another data set at the prefix, no document at all, a lost worker.
+        UserError: a missing input or one that changes while it is read, no EOS to append, another data set at the prefix, no
+            document at all (the rejects are listed), a place that cannot be written to, a lost worker.
     """
+    if workers is not None and workers < 1:
+        raise UserError(f"workers {workers} (allowed: 1 or more)")
     tokenizer = load_tokenizer(tokenizer_path)
     if append_eos and tokenizer.eos_id is None:
         raise UserError(f"tokenizer {tokenizer_path} has no EOS token to end documents with (use --no-append-eos)")
     reader = ReaderSettings(json_field, text_documents, max_line_bytes)
     eos_id = tokenizer.eos_id if append_eos else None
     settings = _digest([FORMAT_VERSION, tokenizer.fingerprint, tokenizer.vocab_size, eos_id, asdict(reader)])
-    identities = [_identity(path) for path in inputs]
+    states = [_state(path) for path in inputs]
+    identities = _identities(inputs)
+    rejects_path = rejects_path or Path(f"{output_prefix}.rejects.jsonl")
     shards = Path(f"{output_prefix}.shards")
     if finished := _finished(output_prefix, shards, identities, settings):
         return finished
-    shards.mkdir(parents=True, exist_ok=True)
     jobs = [
-        _Job(path, str(shards / f"{index:05d}-{path.name}"), Path(tokenizer_path), eos_id, reader, settings)
-        for index, path in enumerate(inputs)
+        _Job(path, state, str(shards / f"{index:05d}"), Path(tokenizer_path), eos_id, reader, settings)
+        for index, (path, state) in enumerate(zip(inputs, states, strict=True))
     ]
-    counts = sum(_run(jobs, identities, workers, progress), Counts())
-    if counts.documents == 0:
-        raise UserError(f"no document in {len(inputs)} input files; rejected: {counts.rejected} (see {shards})")
-    info = DatasetInfo(
-        tokenizer=str(tokenizer_path),
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        eos_id=eos_id,
-        **asdict(counts),
-        inputs=identities,
-        settings=settings,
-    )
-    _join(jobs, output_prefix, rejects_path or Path(f"{output_prefix}.rejects.jsonl"), tokenizer, info)
-    shutil.rmtree(shards)
+    try:
+        shards.mkdir(parents=True, exist_ok=True)
+        rejects_path.parent.mkdir(parents=True, exist_ok=True)
+        counts = sum(_run(jobs, identities, workers, progress), Counts())
+        if counts.documents == 0:
+            _join_rejects(jobs, shards, rejects_path)
+            shutil.rmtree(shards)
+            names = f"input {inputs[0]}" if len(inputs) == 1 else f"{len(inputs)} inputs"
+            raise UserError(f"no document in {names}: {rejects_summary(counts.rejected, rejects_path)}")
+        info = DatasetInfo(
+            tokenizer=str(tokenizer_path),
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            eos_id=eos_id,
+            **asdict(counts),
+            inputs=identities,
+            settings=settings,
+        )
+        _join(jobs, output_prefix, rejects_path, tokenizer, info)
+        shutil.rmtree(shards)
+    except OSError as error:  # inputs that cannot be read end otherwise
+        raise UserError(f"output {output_prefix}: cannot be written ({error.strerror or error}: {error.filename})") from error
     return counts
 
 
@@ -138,28 +161,42 @@ def read_dataset_info(prefix: Path) -> DatasetInfo | None:
     if not path.is_file():
         return None
     try:
-        return DatasetInfo(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        info = DatasetInfo(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError, OSError) as error:
         raise UserError(f"data set {prefix}: {path} is not a sidecar of tools/preprocess_data.py ({error})") from None
+    for name, kind in get_type_hints(DatasetInfo).items():
+        if not isinstance(getattr(info, name), getattr(kind, "__origin__", kind)):
+            raise UserError(f"data set {prefix}: {path} is not a sidecar of tools/preprocess_data.py ({name} has a wrong type)")
+    return info
 
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def _state(path: Path) -> tuple[int, int]:
+    """Size and time of the last change: both the same before and after reading means that nobody wrote."""
+    check_regular(path)
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _identities(paths: list[Path]) -> list[dict[str, Any]]:
+    """What tells changed inputs from the same ones: the content, whole. Hashing is much faster than tokenizing."""
+    for path in paths:
+        input_format(path)
+    with ThreadPoolExecutor(min(HASHING_THREADS, os.cpu_count() or 1)) as pool:
+        return list(pool.map(_identity, paths))
+
+
 def _identity(path: Path) -> dict[str, Any]:
-    """What tells a changed input from the same one: size, time, and a digest of the first and the last MiB."""
-    input_format(path)
     try:
-        status = path.stat()
         with open(path, "rb") as stream:
-            ends = stream.read(2**20)
-            stream.seek(max(0, status.st_size - 2**20))
-            ends += stream.read(2**20)
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            size = stream.tell()
     except OSError as error:
         raise UserError(f"input {path}: cannot be read ({error.strerror})") from None
-    digest = hashlib.sha256(ends).hexdigest()
-    return {"path": str(path.resolve()), "bytes": status.st_size, "modified_ns": status.st_mtime_ns, "digest": digest}
+    return {"path": str(path.resolve()), "bytes": size, "sha256": digest}
 
 
 def _finished(prefix: Path, shards: Path, identities: list[dict], settings: str) -> Counts | None:
@@ -211,12 +248,15 @@ def _results(tasks: dict[int, tuple[_Job, dict]], workers: int | None) -> Iterat
 
 
 def _read_shard(job: _Job, identity: dict) -> Counts | None:
-    """The counts of a finished shard of this very input and these settings."""
+    """The counts of a finished shard of this very input and these settings; None where anything of it is not as it should be."""
     try:
         record = json.loads(Path(f"{job.shard}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if (record["input"], record["settings"]) != (identity, job.settings):
+            return None
+        sizes = {ending: os.path.getsize(job.shard + ending) for ending in SHARD_ENDINGS[:-1]}
+        return Counts(**record["counts"]) if record["sizes"] == sizes else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
-    return Counts(**record["counts"]) if (record["input"], record["settings"]) == (identity, job.settings) else None
 
 
 @functools.lru_cache(maxsize=1)
@@ -230,8 +270,9 @@ def _make_shard(job: _Job, identity: dict) -> Counts:
     tokenizer = _worker_tokenizer(job.tokenizer)
     aside = f"{job.shard}.{os.getpid()}"
     builder = _builder(f"{aside}.bin", tokenizer)
-    counts, rejected = Counts(), Counter()
-    with open(f"{aside}.rejects.jsonl", "w", encoding="utf-8") as rejects:
+    counts = Counts()
+    with open(f"{aside}.rejects.jsonl", "w", encoding="ascii") as stream:
+        rejects = RejectList(stream)
         for record in read_documents(job.source, job.reader):
             if not isinstance(record, Reject):
                 ids = tokenizer.encode(record[1])
@@ -241,11 +282,14 @@ def _make_shard(job: _Job, identity: dict) -> Counts:
                     counts.documents, counts.tokens = counts.documents + 1, counts.tokens + len(ids)
                     continue
                 record = Reject(record[0], "empty_text", ascii(record[1][:100]))  # nothing but what the tokenizer drops
-            rejected[record.cause] += 1
-            rejects.write(json.dumps({"input": str(job.source), **asdict(record)}) + "\n")
+            rejects.add(job.source, record)
     builder.finalize(f"{aside}.idx")
-    counts = counts + Counts(rejected=rejected)
-    _write_json(Path(f"{aside}.json"), {"counts": asdict(counts), "input": identity, "settings": job.settings})
+    if _state(job.source) != job.state:
+        raise UserError(f"input {job.source}: changed while it was read (run again when nobody writes to it)")
+    counts = counts + Counts(rejected=rejects.counts)
+    sizes = {ending: os.path.getsize(aside + ending) for ending in SHARD_ENDINGS[:-1]}
+    shard = {"counts": asdict(counts), "input": identity, "settings": job.settings, "sizes": sizes}
+    _write_json(Path(f"{aside}.json"), shard)
     for ending in SHARD_ENDINGS:
         os.replace(aside + ending, job.shard + ending)
     return counts
@@ -268,18 +312,31 @@ def _join(jobs: list[_Job], prefix: Path, rejects_path: Path, tokenizer: Tokeniz
     """Join the shards aside and publish them, the sidecar last."""
     aside = f"{prefix}.shards/joined"
     builder = _builder(f"{aside}.bin", tokenizer)
-    with open(f"{aside}.rejects.jsonl", "wb") as rejects:
+    gc.freeze()  # megatron collects garbage after each shard, which takes long with torch's many objects in view
+    try:
         for job in jobs:
             builder.add_index(job.shard)
-            with open(f"{job.shard}.rejects.jsonl", "rb") as stream:
-                shutil.copyfileobj(stream, rejects)
+    finally:
+        gc.unfreeze()
     builder.finalize(f"{aside}.idx")
     _write_json(Path(f"{aside}.json"), asdict(info))
     for ending in (".bin", ".idx"):
         os.replace(aside + ending, f"{prefix}{ending}")
     if info.rejected:
-        shutil.move(f"{aside}.rejects.jsonl", rejects_path)
+        _join_rejects(jobs, Path(f"{prefix}.shards"), rejects_path)
+    else:
+        rejects_path.unlink(missing_ok=True)  # of an earlier try
     os.replace(f"{aside}.json", f"{prefix}.json")
+
+
+def _join_rejects(jobs: list[_Job], shards: Path, rejects_path: Path) -> None:
+    """Join the lists of rejected records and publish the whole."""
+    aside = shards / "joined.rejects.jsonl"
+    with open(aside, "wb") as rejects:
+        for job in jobs:
+            with open(f"{job.shard}.rejects.jsonl", "rb") as stream:
+                shutil.copyfileobj(stream, rejects)
+    shutil.move(aside, rejects_path)
 
 
 def _write_json(path: Path, value: dict) -> None:

@@ -19,8 +19,11 @@ from megatron_ext.errors import UserError
 from megatron_ext.objective import DOCUMENT_STREAM, random_generator
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
-INDEX_HEADER_BYTES = 34
-"""Magic, version, dtype code, number of sequences, number of documents."""
+INDEX_HEADER = struct.Struct("<9sQBQQ")
+"""Magic, version, dtype code, number of sequences, number of documents and one."""
+
+TOKEN_TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+"""Megatron's dtype codes that can hold token ids."""
 
 BLEND_PERIOD = 2**16
 """Samples after which the pattern of a blend repeats; weights are kept to one part in this."""
@@ -38,6 +41,9 @@ class Sample:
 
 class SampleSource(Protocol):
     """Anything that has a sample for every index >= 0."""
+
+    samples_per_epoch: int
+    """Samples without a repetition."""
 
     def sample(self, index: int) -> Sample:
         """The sample with this index."""
@@ -65,10 +71,6 @@ class IndexedDocuments:
         self._pointers = pointers[first_sequences[:-1]]
         self._reader = indexed.bin_reader
         self._indexed = indexed
-        needed = int(np.max(self._pointers + self.lengths * self._item_size, initial=0))
-        found = Path(prefix + ".bin").stat().st_size
-        if found < needed:
-            raise UserError(f"data set {prefix}: {prefix}.bin has {found} bytes, but its index needs {needed}: it was cut short")
 
     def read(self, document: int, offset: int, length: int) -> np.ndarray:
         """[length] tokens of a document, from `offset` on."""
@@ -77,24 +79,62 @@ class IndexedDocuments:
 
 
 def _open_indexed_dataset(prefix: str) -> Any:
-    """megatron's reader, with its errors as one line. The magic is checked first: megatron's destructor complains otherwise."""
+    """megatron's reader. The index is looked through first: megatron trusts what it says, and its destructor fails half built."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    for ending in (".bin", ".idx"):
-        if not Path(prefix + ending).is_file():
-            raise UserError(f"data set {prefix}: there is no file {prefix}{ending}")
-    if Path(prefix + ".bin").stat().st_size == 0:
-        raise UserError(f"data set {prefix}: {prefix}.bin is empty")
-    with open(prefix + ".idx", "rb") as file:
-        header = file.read(INDEX_HEADER_BYTES)
-    if not header.startswith(INDEX_MAGIC) or len(header) < INDEX_HEADER_BYTES:
-        raise UserError(f"data set {prefix}: {prefix}.idx is not a Megatron index")
     try:
+        for ending in (".bin", ".idx"):
+            if not Path(prefix + ending).is_file():
+                raise UserError(f"data set {prefix}: there is no file {prefix}{ending}")
+        if Path(prefix + ".bin").stat().st_size == 0:
+            raise UserError(f"data set {prefix}: {prefix}.bin is empty")
+        _check_index(prefix)
         return IndexedDataset(prefix, mmap=True)
-    except (AssertionError, ValueError, OSError, struct.error) as error:
+    except (AssertionError, ValueError, OSError) as error:
         raise UserError(f"data set {prefix}: {prefix}.idx is not a Megatron index ({error})") from error
+
+
+def _check_index(prefix: str) -> None:
+    """Hold an index against its own counts and against the token file, without allocating what it merely claims to hold.
+
+    Raises `UserError` naming the file and what is wrong with it.
+    """
+
+    def require(condition: bool, problem: str) -> None:
+        if not condition:
+            raise UserError(f"data set {prefix}: {prefix}.idx {problem}")
+
+    with open(prefix + ".idx", "rb") as file:
+        header = file.read(INDEX_HEADER.size)
+    require(header.startswith(INDEX_MAGIC) and len(header) == INDEX_HEADER.size, "is not a Megatron index")
+    _, version, code, sequences, ends = INDEX_HEADER.unpack(header)
+    require(version == 1, f"is not a Megatron index of version 1 but of version {version}")
+    require(code in TOKEN_TYPES, f"is not a Megatron index of token ids: its dtype code is {code}")
+    size, needed = Path(prefix + ".idx").stat().st_size, INDEX_HEADER.size + 12 * sequences + 8 * ends
+    counts = f"with {sequences} sequences and {ends - 1} documents needs {needed} bytes"
+    require(size in (needed, needed + sequences), f"has {size} bytes, but {counts}")  # multimodal sets have a byte a sequence more
+    index = np.memmap(prefix + ".idx", mode="r")
+    start = INDEX_HEADER.size
+    lengths = np.frombuffer(index, np.int32, sequences, start)
+    pointers = np.frombuffer(index, np.int64, sequences, start + 4 * sequences)
+    documents = np.frombuffer(index, np.int64, ends, start + 12 * sequences)
+    require(
+        ends > 0 and documents[0] == 0 and documents[-1] == sequences, f"has documents that do not span its {sequences} sequences"
+    )
+    require(bool((documents[1:] >= documents[:-1]).all()), "has documents that run backwards")
+    require(bool((lengths >= 0).all()), "has a sequence of negative length")
+    found, item = Path(prefix + ".bin").stat().st_size, np.dtype(TOKEN_TYPES[code]).itemsize
+    require(bool((pointers >= 0).all()), "has a sequence that begins before the token file")
+    # A pointer near 2^63 must not wrap around.
+    needed = int(np.max(np.minimum(pointers, found + 1) + lengths.astype(np.int64) * item, initial=0))
+    if found < needed:
+        raise UserError(
+            f"data set {prefix}: {prefix}.bin has {found} bytes, but its index needs {needed} or more: it was cut short"
+        )
+    follows = pointers[1:] == pointers[:-1] + lengths[:-1].astype(np.int64) * item
+    require(bool(follows.all()), "has sequences that do not follow one another in the token file")
 
 
 class DocumentBlocks:
@@ -123,6 +163,7 @@ class DocumentBlocks:
         self._seed, self._source = seed, source
         self.tokens = int(self._lengths.sum())
         self.samples_per_epoch = self.tokens // sequence_length
+        """Samples without a repetition."""
         if self.samples_per_epoch == 0:
             raise UserError(
                 f"{name} holds {self.tokens} tokens in {len(documents)} documents: data.sequence_length "
@@ -163,19 +204,38 @@ class Blend:
     """Several sources mixed by weight; which one sample i comes from is a fixed, evenly spread pattern."""
 
     def __init__(self, sources: Sequence[SampleSource], weights: Sequence[float]):
-        self._sources = list(sources)
+        self.sources = list(sources)
         self._pattern, self._rank = _blend_pattern(np.asarray(weights, dtype=np.float64))
-        self._counts = np.bincount(self._pattern, minlength=len(self._sources))
+        self._counts = np.bincount(self._pattern, minlength=len(self.sources))
+
+    @property
+    def counts(self) -> list[int]:
+        """Samples of each source in `BLEND_PERIOD` samples of the blend."""
+        return self._counts.tolist()
+
+    def repeated(self, samples: int) -> int:
+        """How many of the first `samples` samples are there a second time, because a source has fewer than are drawn from it."""
+        periods, rest = divmod(samples, BLEND_PERIOD)
+        drawn = periods * self._counts + np.bincount(self._pattern[:rest], minlength=len(self.sources))
+        held = [source.samples_per_epoch for source in self.sources]
+        return int(np.maximum(drawn - held, 0).sum())
 
     def sample(self, index: int) -> Sample:
         """Sample `index` of the blend: the next one of the source whose turn it is."""
+        source, number = self.locate(index)
+        return self.sources[source].sample(number)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """The source whose turn it is at sample `index` of the blend, and the sample's number in that source."""
         period, place = divmod(index, BLEND_PERIOD)
         source = int(self._pattern[place])
-        return self._sources[source].sample(period * int(self._counts[source]) + int(self._rank[place]))
+        return source, period * int(self._counts[source]) + int(self._rank[place])
 
 
 def _blend_pattern(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """One period of a blend: the source of each place, and how often that source came before in the period."""
+    with np.errstate(over="ignore"):
+        weights = weights if np.isfinite(weights.sum()) else weights / weights.max()
     exact = weights / weights.sum() * BLEND_PERIOD
     counts = np.floor(exact).astype(np.int64)
     counts[np.argsort(counts - exact, kind="stable")[: BLEND_PERIOD - counts.sum()]] += 1
@@ -188,7 +248,7 @@ def _blend_pattern(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def split_documents(count: int, shares: Sequence[float]) -> tuple[range, range, range]:
     """Cut `count` documents, in order, into training, validation and test."""
-    ends = [round(float(share) * count) for share in np.cumsum(shares)]
+    ends = [min(round(float(share) * count), count) for share in np.cumsum(shares)]  # shares sum to 1 up to a rounding
     return range(ends[0]), range(ends[0], ends[1]), range(ends[1], count)
 
 
@@ -201,6 +261,9 @@ def open_blend(sources: Sequence[DataSource], share: int, shares: Sequence[float
         shares: the split's shares; (1, 0, 0) with share 0 takes whole sets.
         sequence_length: tokens in a sample.
         seed: the run's seed.
+
+    Raises:
+        UserError: a damaged data set, a split of less than one sample, or a weight too small to be drawn.
     """
     split = ("training", "validation", "test")[share]
     blocks = []
@@ -208,7 +271,14 @@ def open_blend(sources: Sequence[DataSource], share: int, shares: Sequence[float
         indexed = IndexedDocuments(source.prefix)
         documents = split_documents(len(indexed.lengths), shares)[share]
         blocks.append(DocumentBlocks(indexed, documents, sequence_length, seed, number, f"the {split} split of {source.prefix}"))
-    return Blend(blocks, [source.weight for source in sources])
+    blend = Blend(blocks, [source.weight for source in sources])
+    for source, count in zip(sources, blend.counts, strict=True):
+        if count == 0:
+            raise UserError(
+                f"data source {source.prefix} has the weight {source.weight}: below 1/{BLEND_PERIOD} of the sum of the weights "
+                "none of its samples would be drawn (leave it out or give it more)"
+            )
+    return blend
 
 
 def dataset_fingerprint(prefix: str) -> str:

@@ -24,6 +24,8 @@ class StepData:
 
     step: int
     micro_batches: list[MicroBatch]
+    samples: list[range]
+    """Global indices of the samples in each micro-batch."""
 
 
 class BatchBuilder:
@@ -77,11 +79,11 @@ def check_ids(sample: Sample, vocab_size: int) -> None:
     Raises:
         UserError: the sample holds an id that the tokenizer does not have.
     """
-    largest = int(sample.tokens.max())
-    if largest >= vocab_size:
-        raise UserError(
-            f"the data holds the token id {largest}, but data.tokenizer has {vocab_size} ids: it was made with another tokenizer"
-        )
+    for token in (int(sample.tokens.min()), int(sample.tokens.max())):
+        if not 0 <= token < vocab_size:
+            raise UserError(
+                f"the data holds the token id {token}, but data.tokenizer has {vocab_size} ids: it was made with another tokenizer"
+            )
 
 
 class TrainingLoader:
@@ -103,12 +105,13 @@ class TrainingLoader:
         """The micro-batches of one step. Depends on nothing but the arguments and the configuration."""
         phase, size = self._plan.phase_at(step), self._training.micro_batch_size
         per_rank = self._training.global_batch_size // (size * self._ranks)
-        batches = []
+        batches, samples = [], []
         for number in range(per_rank):
             first = step * self._training.global_batch_size + (number * self._ranks + self._rank) * size
             objective = phase.objective(self._training.seed, first // size)
             batches.append(self._builder.build(first, size, objective, phase.masking, phase.mask_ratio(step)))
-        return StepData(step, batches)
+            samples.append(range(first, first + size))
+        return StepData(step, batches, samples)
 
     def prefetch(self, first_step: int, end_step: int) -> Iterator[StepData]:
         """Steps [first_step, end_step) in order, built by a thread that stays a few steps ahead.

@@ -19,6 +19,7 @@ unused pieces, pieces with characters that are not pieces themselves, BPE pieces
 symbols together with a leading space or whitespace removal.
 """
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,26 +30,35 @@ if TYPE_CHECKING:
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
     from tokenizers import Tokenizer as TokenizersPipeline
 
+LARGEST_MODEL_BYTES = 256 * 2**20
 SPACE_SYMBOL = "▁"
 UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # ModelProto.SentencePiece.Type
 
 
-def read_model_proto(path: Path) -> "ModelProto":
-    """Parse a SentencePiece `.model` file. Raises `UserError` if it is not one."""
+def read_model_proto(path: Path) -> tuple["ModelProto", bytes]:
+    """Read a SentencePiece `.model` file: parsed, and as it is. Raises `UserError` if it is not one, or was cut short."""
     from google.protobuf.message import DecodeError
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     proto = ModelProto()
     try:
-        proto.ParseFromString(path.read_bytes())
-    except DecodeError:
+        if path.stat().st_size > LARGEST_MODEL_BYTES:
+            raise UserError(f"tokenizer {path}: larger than any SentencePiece model file ({LARGEST_MODEL_BYTES:,} bytes)")
+        content = path.read_bytes()
+        proto.ParseFromString(content)
+        sound = all(isinstance(piece.piece, str) and math.isfinite(piece.score) for piece in proto.pieces)
+    except (DecodeError, UnicodeDecodeError):
         raise UserError(f"tokenizer {path}: not a SentencePiece model file") from None
     except OSError as error:
         raise UserError(f"tokenizer {path}: cannot be read ({error.strerror})") from None
     if not proto.pieces:
         raise UserError(f"tokenizer {path}: a SentencePiece model without pieces")
-    return proto
+    if not sound:
+        raise UserError(f"tokenizer {path}: a damaged SentencePiece model (a piece is no text, or its score no number)")
+    if not (proto.HasField("trainer_spec") and proto.HasField("normalizer_spec")):  # they are written after the pieces
+        raise UserError(f"tokenizer {path}: a SentencePiece model that was cut short")
+    return proto, content
 
 
 def to_tokenizers(proto: "ModelProto", source: Path, mask_piece: str | None) -> "TokenizersPipeline":

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 MASK_PIECES = ("[MASK]", "<mask>", "<|mask|>")
 BYTE_LEVEL_WHITESPACE = "ĠĊĉč"  # space, line feed, tab, carriage return in the byte-level alphabet
+LARGEST_VOCABULARY = 2**24  # ids above it mean a damaged file: tables are made with a place for every id
+RARE_TEXT = "text \U0001f642 \U0010fffd"  # no vocabulary has the last character
 WHITESPACE_BYTES = ("<0x20>", "<0x0A>", "<0x09>", "<0x0D>")
 
 
@@ -64,6 +66,10 @@ class Tokenizer(Protocol):
         """Text of token ids."""
         ...
 
+    def piece(self, index: int) -> str:
+        """The vocabulary entry of an id, as the tokenizer spells it; empty for an id without one."""
+        ...
+
     def to_fast(self) -> "PreTrainedTokenizerFast":
         """A new `transformers` tokenizer with the same ids, for the exported model."""
         ...
@@ -79,9 +85,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         UserError: the path is missing, unreadable, or a model that could not be exported later.
     """
     path = Path(path)
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()  # a pipe or a device is neither
+    except OSError as error:  # a name too long
+        raise UserError(f"tokenizer {path}: {error.strerror}") from None
+    if is_folder:
         return HuggingFaceTokenizer(path)
-    if not path.is_file():
+    if not is_file:
         raise UserError(f"tokenizer {path}: no such file or folder (allowed: a SentencePiece .model file or a folder)")
     return SentencePieceTokenizer(path)
 
@@ -92,9 +102,12 @@ class SentencePieceTokenizer:
     def __init__(self, path: Path) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        self._proto = read_model_proto(path)
+        self._proto, content = read_model_proto(path)
         check_convertible(self._proto, path)  # now, rather than when a trained model is to be exported
-        self._processor = SentencePieceProcessor(model_file=str(path))
+        try:
+            self._processor = SentencePieceProcessor(model_proto=content)
+        except RuntimeError as error:
+            raise UserError(f"tokenizer {path}: a damaged SentencePiece model ({error})") from None
         self.source = path
         self.vocab_size = self._processor.vocab_size()
         self.pad_id, self.bos_id, self.eos_id = (
@@ -108,7 +121,7 @@ class SentencePieceTokenizer:
             for index, piece in enumerate(self._proto.pieces)
             if piece.type not in (NORMAL, USER_DEFINED, BYTE) or index == self.mask_id
         )
-        self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.fingerprint = hashlib.sha256(content).hexdigest()
 
     @cached_property
     def pieces_start_word(self) -> np.ndarray:
@@ -122,6 +135,10 @@ class SentencePieceTokenizer:
     def decode(self, ids: list[int]) -> str:
         """See `Tokenizer`."""
         return self._processor.decode([int(index) for index in ids])
+
+    def piece(self, index: int) -> str:
+        """See `Tokenizer`."""
+        return self._pieces[index]
 
     def to_fast(self) -> "PreTrainedTokenizerFast":
         """See `Tokenizer`."""
@@ -150,12 +167,18 @@ class HuggingFaceTokenizer:
         _refuse_custom_code(path)
         self.source = path
         fast = self.to_fast()
-        self._pipeline = TokenizersPipeline.from_str(fast.backend_tokenizer.to_str())
-        self._pipeline.no_truncation()
-        self._pipeline.no_padding()
-        self._pipeline.encode_special_tokens = True
         self._pieces = {index: piece for piece, index in fast.get_vocab().items()}
-        self.vocab_size = max(self._pieces) + 1
+        self.vocab_size = max(self._pieces, default=-1) + 1
+        if not 0 < self.vocab_size <= LARGEST_VOCABULARY:
+            raise UserError(f"tokenizer {path}: {self.vocab_size} ids (allowed: 1 to {LARGEST_VOCABULARY})")
+        try:
+            self._pipeline = TokenizersPipeline.from_str(fast.backend_tokenizer.to_str())
+            self._pipeline.no_truncation()
+            self._pipeline.no_padding()
+            self._pipeline.encode_special_tokens = True
+            self.encode(RARE_TEXT)
+        except Exception as error:  # tokenizers raises plain exceptions, some of them only for characters it does not know
+            raise UserError(f"tokenizer {path}: cannot encode text ({_reason(error)})") from error
         self.mask_id, self.pad_id = fast.mask_token_id, fast.pad_token_id
         self.bos_id = fast.bos_token_id if fast.bos_token_id is not None else fast.cls_token_id
         self.eos_id = fast.eos_token_id if fast.eos_token_id is not None else fast.sep_token_id
@@ -196,6 +219,10 @@ class HuggingFaceTokenizer:
         """See `Tokenizer`."""
         return self._pipeline.decode([int(index) for index in ids], skip_special_tokens=False)
 
+    def piece(self, index: int) -> str:
+        """See `Tokenizer`."""
+        return self._pieces.get(index, "")
+
     def to_fast(self) -> "PreTrainedTokenizerFast":
         """See `Tokenizer`. Raises `UserError` if the folder holds no fast tokenizer."""
         from transformers import AutoTokenizer
@@ -204,11 +231,20 @@ class HuggingFaceTokenizer:
             # Code that comes with a folder is not run, and nobody is asked whether it should be.
             fast = AutoTokenizer.from_pretrained(str(self.source), local_files_only=True, use_fast=True, trust_remote_code=False)
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for a folder it cannot read
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"tokenizer {self.source}: not a Hugging Face tokenizer folder ({reason})") from error
+            raise UserError(f"tokenizer {self.source}: not a Hugging Face tokenizer folder ({_reason(error)})") from error
         if not fast.is_fast:
             raise UserError(f"tokenizer {self.source}: only a slow (Python) tokenizer; a tokenizer.json is needed")
         return fast
+
+
+def _reason(error: Exception) -> str:
+    """The first line of another library's message, short."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _start_flags(pieces: list[str], marks: tuple[str, ...], special_ids: frozenset[int]) -> np.ndarray:
+    """Bool [len(pieces)]: the piece begins with a whitespace mark, is a whitespace byte, or is special."""
+    return np.array([i in special_ids or p.startswith(marks) or p in WHITESPACE_BYTES for i, p in enumerate(pieces)], dtype=bool)
 
 
 def _refuse_custom_code(folder: Path) -> None:
@@ -223,8 +259,3 @@ def _refuse_custom_code(folder: Path) -> None:
             raise UserError(f"tokenizer {folder}: {name} is not a JSON object")
         if tree.get("auto_map"):
             raise UserError(f"tokenizer {folder}: {name} asks for code of its own (auto_map), which is never run")
-
-
-def _start_flags(pieces: list[str], marks: tuple[str, ...], special_ids: frozenset[int]) -> np.ndarray:
-    """Bool [len(pieces)]: the piece begins with a whitespace mark, is a whitespace byte, or is special."""
-    return np.array([i in special_ids or p.startswith(marks) or p in WHITESPACE_BYTES for i, p in enumerate(pieces)], dtype=bool)

@@ -9,15 +9,25 @@ import os
 import random
 import string
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext.data.readers import ReaderSettings, Reject, read_documents
+from megatron_ext.data.readers import ReaderSettings, Reject, RejectList, check_regular, read_documents, rejects_summary
 from megatron_ext.errors import UserError
 
 MODEL_TYPES = ("unigram", "bpe")
 PAD, UNK, BOS, EOS, MASK = "[PAD]", "[UNK]", "[BOS]", "[EOS]", "[MASK]"
 SMALLEST_VOCABULARY = 512  # 256 bytes, the special tokens, ASCII, and room for pieces
 LONGEST_SENTENCE_BYTES = 4192  # SentencePiece skips longer ones
+
+
+@dataclass(frozen=True)
+class TrainedTokenizer:
+    """What a tokenizer was trained on."""
+
+    lines: int
+    rejected: dict[str, int]
+    """Cause -> records that gave no text."""
 
 
 def train_tokenizer(
@@ -29,7 +39,8 @@ def train_tokenizer(
     reader: ReaderSettings | None = None,
     sample_sentences: int = 2_000_000,
     seed: int = 1,
-) -> int:
+    rejects_path: Path | None = None,
+) -> TrainedTokenizer:
     """Write `output_prefix.model` and `output_prefix.vocab`.
 
     Args:
@@ -40,25 +51,55 @@ def train_tokenizer(
         reader: how texts are read out of the inputs.
         sample_sentences: at most so many lines are trained on, drawn from all inputs with equal chance.
         seed: of that draw.
+        rejects_path: where rejected records are listed, if there are any; None takes `output_prefix.rejects.jsonl`.
 
     Returns:
-        The number of lines trained on.
+        The number of lines trained on, and what was rejected.
 
     Raises:
-        UserError: a wrong option, no text, or a vocabulary that the text is too small for.
+        UserError: a wrong option or input, no text (the rejects are listed), a vocabulary that the text is too small for, or a
+            place that cannot be written to.
     """
     if model_type not in MODEL_TYPES:
         raise UserError(f"model type {model_type!r} (allowed: {', '.join(MODEL_TYPES)})")
     if vocab_size < SMALLEST_VOCABULARY:
         raise UserError(f"vocab size {vocab_size} (allowed: {SMALLEST_VOCABULARY} or more)")
-    sentences = _sample(_sentences(inputs, reader or ReaderSettings()), sample_sentences, seed)
+    if sample_sentences < 1:
+        raise UserError(f"sample of {sample_sentences} sentences (allowed: 1 or more)")
+    for path in inputs:
+        check_regular(path)
+    rejects_path = rejects_path or Path(f"{output_prefix}.rejects.jsonl")
+    try:
+        output_prefix.parent.mkdir(parents=True, exist_ok=True)
+        rejects_path.parent.mkdir(parents=True, exist_ok=True)
+        sentences, rejected = _read(inputs, reader or ReaderSettings(), sample_sentences, seed, rejects_path)
+        model = _train(sentences, vocab_size, model_type)
+        _publish(Path(f"{output_prefix}.vocab"), _vocabulary(model).encode("utf-8"))
+        _publish(Path(f"{output_prefix}.model"), model)
+    except OSError as error:  # inputs that cannot be read are rejects
+        raise UserError(f"output {output_prefix}: cannot be written ({error.strerror or error}: {error.filename})") from error
+    return TrainedTokenizer(len(sentences), rejected)
+
+
+def _read(inputs: list[Path], reader: ReaderSettings, size: int, seed: int, rejects_path: Path) -> tuple[list[str], dict[str, int]]:
+    """The sampled lines, and the counts of the rejects, which are listed at `rejects_path` if there are any.
+
+    Raises `UserError` if no line is left.
+    """
+    aside = rejects_path.with_name(f"{rejects_path.name}.{os.getpid()}.part")
+    try:
+        with open(aside, "w", encoding="ascii") as stream:
+            rejects = RejectList(stream)
+            sentences = _sample(_sentences(inputs, reader, rejects), size, seed)
+        rejected = dict(sorted(rejects.counts.items()))
+        if rejected:
+            os.replace(aside, rejects_path)
+    finally:
+        aside.unlink(missing_ok=True)
     if not sentences:
-        raise UserError(f"no text in the inputs {', '.join(map(str, inputs))}")
-    model = _train(sentences, vocab_size, model_type)
-    output_prefix.parent.mkdir(parents=True, exist_ok=True)
-    _publish(Path(f"{output_prefix}.vocab"), _vocabulary(model).encode("utf-8"))
-    _publish(Path(f"{output_prefix}.model"), model)
-    return len(sentences)
+        names = f"input {inputs[0]}" if len(inputs) == 1 else f"{len(inputs)} inputs"
+        raise UserError(f"no text in {names}: {rejects_summary(rejected, rejects_path)}")
+    return sentences, rejected
 
 
 def _train(sentences: list[str], vocab_size: int, model_type: str) -> bytes:
@@ -114,13 +155,15 @@ def _publish(path: Path, content: bytes) -> None:
     os.replace(aside, path)
 
 
-def _sentences(inputs: list[Path], reader: ReaderSettings) -> Iterator[str]:
+def _sentences(inputs: list[Path], reader: ReaderSettings, rejects: RejectList) -> Iterator[str]:
     """The lines of all documents, long ones cut between words."""
     for path in inputs:
         for record in read_documents(path, reader):
-            if not isinstance(record, Reject):
-                for line in record[1].splitlines():
-                    yield from _cut(line.replace("\0", " "))  # SentencePiece's trainer takes no NUL
+            if isinstance(record, Reject):
+                rejects.add(path, record)
+                continue
+            for line in record[1].splitlines():
+                yield from _cut(line.replace("\0", " "))  # SentencePiece's trainer takes no NUL
 
 
 def _cut(line: str) -> Iterator[str]:

@@ -63,7 +63,8 @@ class CheckpointReader:
         self.directory = directory
         self.record = _read_record(directory)
         self._metadata = refuse_foreign_code(directory)
-        self.tensors = self._model_tensors()
+        self.tensors = self._tensors(of_optimizer=False)
+        self.optimizer_tensors = self._tensors(of_optimizer=True)
 
     def read(self, key: str) -> Tensor:
         """Load one whole tensor onto the CPU, in its stored dtype.
@@ -71,7 +72,7 @@ class CheckpointReader:
         Raises:
             UserError: the files that hold it are missing or damaged.
         """
-        info = self.tensors[key]
+        info = (self.tensors | self.optimizer_tensors)[key]
         state = {key: torch.empty(info.shape, dtype=info.dtype)}
         try:
             with warnings.catch_warnings():
@@ -84,12 +85,12 @@ class CheckpointReader:
             raise UserError(f"checkpoint {self.directory}: tensor {key} cannot be read ({_one_line(cause)})") from error
         return state[key]
 
-    def _model_tensors(self) -> dict[str, TensorInfo]:
-        """The model's tensors: all but the optimizer's, and without objects such as megatron's extra states."""
+    def _tensors(self, of_optimizer: bool) -> dict[str, TensorInfo]:
+        """The optimizer's tensors, or all others: the model's. Without objects such as megatron's extra states."""
         return {
             key: TensorInfo(tuple(entry.size), entry.properties.dtype)
             for key, entry in self._metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not key.startswith(OPTIMIZER_PREFIX)
+            if isinstance(entry, TensorStorageMetadata) and key.startswith(OPTIMIZER_PREFIX) == of_optimizer
         }
 
 

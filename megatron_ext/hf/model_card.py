@@ -7,6 +7,7 @@ from typing import Any
 from megatron_ext.hf.checkpoint_reader import RunRecord
 from megatron_ext.hf.verify import LIMIT, Rounding, VerificationReport
 from megatron_ext.hf.weight_map import Family
+from megatron_ext.secrets import redact
 
 USAGE = {
     "eurobert": 'from transformers import pipeline\n\nfill_mask = pipeline("fill-mask", model="PATH")\n'
@@ -44,7 +45,7 @@ def model_card(
         "## Data\n\n" + _records(record.tree.get("data")),
         "## Verification\n\n" + _verification(record, family, verifications, rounding),
     ]
-    return "\n\n".join(sections) + "\n"
+    return redact("\n\n".join(sections) + "\n")  # a checkpoint of before secrets were taken out of run.json may hold some
 
 
 def _front_matter(family: Family) -> str:

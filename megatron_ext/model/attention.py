@@ -7,11 +7,12 @@ different objectives and prefetched batches are right by construction.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -46,6 +47,17 @@ class AttentionLayout(PackedSeqParams):
         )
 
 
+def mask_type(layout: AttentionLayout, layers: Literal["local", "transformer_engine"]) -> AttnMaskType:
+    """The mask that the core attention of these layers applies to each run of tokens.
+
+    The local one gets every run by itself. TE gets them packed, and allows only the `padding` masks for that; they need not
+    mean that there is padding.
+    """
+    if layers == "transformer_engine":
+        return AttnMaskType.padding_causal if layout.causal else AttnMaskType.padding
+    return AttnMaskType.causal if layout.causal else AttnMaskType.no_mask
+
+
 class DocumentAttention(MegatronModule):
     """Core attention on torch's scaled-dot-product kernels: one call per run of tokens, so the cost is sum(l^2)."""
 
@@ -77,13 +89,14 @@ class DocumentAttention(MegatronModule):
         """
         layout = packed_seq_params
         lengths = layout.segment_lengths
+        causal = mask_type(layout, "local") is AttnMaskType.causal
         tokens, _, heads, width = query.shape
         query, key, value = (tensor.view(tokens, -1, width) for tensor in (query, key, value))
         if len(set(lengths)) == 1:
             rows = (tensor.view(len(lengths), lengths[0], -1, width) for tensor in (query, key, value))
-            return _attend(*rows, layout.causal).reshape(tokens, 1, heads * width)
+            return _attend(*rows, causal).reshape(tokens, 1, heads * width)
         pieces = zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True)
-        outputs = [_attend(*(piece[None] for piece in qkv), layout.causal)[0] for qkv in pieces]
+        outputs = [_attend(*(piece[None] for piece in qkv), causal)[0] for qkv in pieces]
         return torch.cat(outputs).view(tokens, 1, heads * width)
 
 

@@ -35,14 +35,14 @@ def initialize_parameters(model: torch.nn.Module, encoder: EncoderConfig, vocab_
                 # megatron marks split weights only when it initializes them itself; without the mark the gradient norm
                 # would count this rank's part for a copy of the first rank's.
                 set_tensor_model_parallel_attributes(parameter, True, _partition_dim(name), 1)
-            name = _global_name(model, name)
+            name = global_name(model, name)
             residual = name.endswith(RESIDUAL_PROJECTIONS)
             std = encoder.init_std / math.sqrt(2 * encoder.num_layers) if residual else encoder.init_std
             full = _draw(name, _full_shape(name, parameter, size), vocab_size, std, seed)
             parameter.copy_(_shard(name, full, rank, size))
 
 
-def _global_name(model: torch.nn.Module, name: str) -> str:
+def global_name(model: torch.nn.Module, name: str) -> str:
     """Name with the layer's number in the whole model; a tied head is the embedding."""
     if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"

@@ -25,6 +25,12 @@ from megatron_ext.runtime.topology import Layout
 
 LayerKind = Literal["local", "transformer_engine"]
 
+FUSED_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+"""The local layer's norms, and where TE's fused norm-and-linear modules have them."""
+
 
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm (Zhang and Sennrich, arXiv 1910.07467) that works under sequence parallelism.
@@ -112,10 +118,6 @@ def _local_layer() -> ModuleSpec:
         q_layernorm=IdentityOp,
         k_layernorm=IdentityOp,
     )
-    names_of_fused_modules = {
-        "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-        "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-    }
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -125,7 +127,7 @@ def _local_layer() -> ModuleSpec:
             pre_mlp_layernorm=RMSNorm,
             mlp=_mlp(ColumnParallelLinear, RowParallelLinear),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=names_of_fused_modules,
+            sharded_state_dict_keys_map=dict(FUSED_NAMES),
         ),
     )
 

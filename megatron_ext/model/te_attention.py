@@ -4,10 +4,9 @@ from typing import Any
 
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megatron_ext.model.attention import AttentionLayout
+from megatron_ext.model.attention import AttentionLayout, mask_type
 
 
 class TEDocumentAttention(TEDotProductAttention):
@@ -32,8 +31,6 @@ class TEDocumentAttention(TEDotProductAttention):
             max_seqlen_q=layout.max_seqlen_q,
             max_seqlen_kv=layout.max_seqlen_kv,
         )
-        # TE allows only the `padding` masks for packed input; they need not mean that there is padding.
-        mask_type = AttnMaskType.padding_causal if layout.causal else AttnMaskType.padding
         rows = (tensor.squeeze(1) for tensor in (query, key, value))
-        output = super().forward(*rows, None, attn_mask_type=mask_type, packed_seq_params=packed)
+        output = super().forward(*rows, None, attn_mask_type=mask_type(layout, "transformer_engine"), packed_seq_params=packed)
         return output.reshape(query.shape[0], 1, -1)

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from megatron_ext.errors import UserError
+from megatron_ext.runtime.capabilities import check_apex, has_transformer_engine
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ def choose_backend(requested: Literal["auto", "local", "transformer_engine"]) ->
         requested: `training.backend` of the configuration; `auto` takes Transformer Engine where it and a GPU are present.
 
     Raises:
-        UserError: Transformer Engine was asked for and cannot be used here.
+        UserError: Transformer Engine was asked for and cannot be used here, or the installed `apex` is not NVIDIA's.
     """
+    check_apex()
     has_gpu = torch.cuda.is_available()
     missing = [
         name for name, present in (("a CUDA device", has_gpu), ("Transformer Engine", has_transformer_engine())) if not present
@@ -44,12 +46,3 @@ def choose_backend(requested: Literal["auto", "local", "transformer_engine"]) ->
     layers = "local" if missing or requested == "local" else "transformer_engine"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if has_gpu else torch.device("cpu")
     return Backend(device=device, layers=layers, communication="nccl" if has_gpu else "gloo")
-
-
-def has_transformer_engine() -> bool:
-    """Whether Transformer Engine's torch modules can be imported."""
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except (ImportError, OSError):
-        return False
-    return True

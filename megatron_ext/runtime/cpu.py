@@ -18,6 +18,7 @@ import torch
 
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.adamw import FusedAdamW
+from megatron_ext.runtime.writer import patch_checkpoint_writer
 
 SUPPORTED = ((0, 16), (0, 19))
 """First and last megatron-core (major, minor) that these patches were checked against."""
@@ -49,6 +50,7 @@ def patch_megatron() -> None:
     """
     _check_version()
     patch_torch_optimizer()
+    patch_checkpoint_writer()
     if not torch.cuda.is_available():
         patch_cuda_runtime()
         patch_rng_tracker()
@@ -144,6 +146,12 @@ def _translate(code: types.CodeType) -> types.CodeType:
     return code.replace(co_consts=tuple(translate(constant) for constant in code.co_consts))
 
 
+def adamw_class() -> type:
+    """The AdamW of a run: Transformer Engine's or Apex's as megatron chooses, and `FusedAdamW` where it finds neither."""
+    optimizer = importlib.import_module("megatron.core.optimizer")
+    return FusedAdamW if optimizer.USING_PYTORCH_OPTIMIZER else optimizer.Adam
+
+
 def patch_torch_optimizer() -> None:
     """Without TE and Apex megatron takes `torch.optim.AdamW`, unfused and with the step in each parameter's state.
 
@@ -155,7 +163,7 @@ def patch_torch_optimizer() -> None:
 
     if not optimizer.USING_PYTORCH_OPTIMIZER:
         return
-    optimizer.Adam = distributed.Adam = FusedAdamW
+    optimizer.Adam = distributed.Adam = adamw_class()
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distributed.HAVE_APEX_OR_TE = True
     distributed.USING_APEX_OPTIMIZER = True

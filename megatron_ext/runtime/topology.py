@@ -10,6 +10,7 @@ import torch
 
 from megatron_ext.config import ParallelConfig, TrainingConfig
 from megatron_ext.errors import UserError
+from megatron_ext.runtime.attempt import join
 from megatron_ext.runtime.backend import Backend
 
 
@@ -126,10 +127,10 @@ def initialize(layout: Layout, backend: Backend, timeout: timedelta = timedelta(
         torch.cuda.set_device(backend.device)
     if not torch.distributed.is_initialized():
         if "RANK" in os.environ:
-            torch.distributed.init_process_group(backend.communication, timeout=timeout)
+            store, rank, ranks = join(timeout)
         else:
-            store = torch.distributed.TCPStore("localhost", 0, 1, is_master=True)
-            torch.distributed.init_process_group(backend.communication, store=store, rank=0, world_size=1, timeout=timeout)
+            store, rank, ranks = torch.distributed.TCPStore("localhost", 0, 1, is_master=True), 0, 1
+        torch.distributed.init_process_group(backend.communication, store=store, rank=rank, world_size=ranks, timeout=timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,

@@ -23,6 +23,7 @@ class Counters:
     tokens: int = 0
     predicted_tokens: int = 0
     flops: float = 0.0
+    skipped_steps: int = 0
 
     def add(self, sums: GlobalSums, samples: int, flops: float) -> None:
         """Count a stretch of steps."""

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from megatron_ext.config import OptimizerConfig
 from megatron_ext.objective import PhasePlan
@@ -53,6 +54,22 @@ def learning_rate(config: OptimizerConfig, plan: PhasePlan, step: int) -> float:
         progress = (done - config.warmup_steps) / max(1, end - start - config.warmup_steps)
         return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
     return peak
+
+
+def gradient_norm(optimizer: Any) -> float:
+    """Make the gradients ready for an update; their global norm, before clipping. Waits for the device."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def update(optimizer: Any, norm: float) -> None:
+    """Clip the gradients, whose norm this is, and take the step. Together with `gradient_norm` this is megatron's own step,
+    cut in two so that a step with a norm that is not finite can be left out."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+    optimizer.step_with_ready_grads()
 
 
 def set_learning_rate(optimizer: Any, config: OptimizerConfig, rate: float) -> None:

@@ -1,5 +1,6 @@
 """Everything that can be wrong with a run is found here, before any process group or model exists."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from megatron_ext.model.encoder import padded_vocab_size
 from megatron_ext.model.presets import EncoderConfig, build_encoder_config
 from megatron_ext.objective import OBJECTIVES, PhasePlan, Vocabulary
 from megatron_ext.runtime.backend import Backend, choose_backend
-from megatron_ext.runtime.topology import Layout, check_layout
+from megatron_ext.runtime.topology import Layout, check_layout, rank_from_environment
 
 SAMPLES_LOOKED_AT = 256
 
@@ -78,6 +79,8 @@ def prepare(config: RunConfig, world_size: int) -> RunSetup:
     data_record += [_check_source(source, "validation", tokenizer) for source in config.data.validation]
     training_data, validation_data = _open_data(config)
     _check_ids(config, training_data, tokenizer)
+    if validation_data is not None:
+        _warn_of_repetitions(config, validation_data)
     return RunSetup(
         config=config,
         encoder=encoder,
@@ -177,3 +180,14 @@ def _open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
     else:
         validation = open_blend(data.train, 1, shares, data.sequence_length, seed)
     return training, validation
+
+
+def _warn_of_repetitions(config: RunConfig, data: Blend) -> None:
+    """A validation set that is smaller than asked for weighs some of its samples more; it is still fixed, so this is no error."""
+    samples = config.validation.samples
+    if (repeated := data.repeated(samples)) and rank_from_environment() == 0:
+        print(
+            f"warning: validation.samples is {samples}, but the validation data gives only {samples - repeated} different samples "
+            f"of {config.data.sequence_length} tokens: {repeated} are measured again",
+            file=sys.stderr,
+        )

@@ -1,27 +1,14 @@
-"""Which checkpoint a run continues from, and whether it may."""
+"""Which checkpoint a run continues from, and whether every byte of it is as it was written."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from megatron_ext.checkpoint_files import complete_checkpoints, step_of
-from megatron_ext.config import RunConfig, from_dict
-from megatron_ext.errors import UserError
-from megatron_ext.objective import PhasePlan
-from megatron_ext.train.optimizer import learning_rate
-from megatron_ext.train.preflight import RunSetup
-
-FIXED = (
-    "data.sequence_length",
-    "data.split",
-    "data.documents_attend_across",
-    "data.restart_positions",
-    "training.seed",
-    "training.global_batch_size",
-    "training.precision",
-)
-MIXTURE_ONLY = "training.micro_batch_size"
+from megatron_ext.checkpoint_files import complete_checkpoints, find_damage, step_of
+from megatron_ext.config import RunConfig
+from megatron_ext.errors import UserError, warn
+from megatron_ext.train.retention import DAMAGED, clear_leftovers, set_aside
 
 
 def checkpoint_folder(config: RunConfig) -> Path:
@@ -29,22 +16,20 @@ def checkpoint_folder(config: RunConfig) -> Path:
     return Path(config.output_dir) / "checkpoints"
 
 
-def find_checkpoint(config: RunConfig) -> Path | None:
-    """The checkpoint to continue from; None starts anew.
+def check_resume(config: RunConfig) -> None:
+    """Look at what `resume` asks for, before any process group exists.
 
     Raises:
-        UserError: `resume` names no checkpoint, or the run would mix its checkpoints with those of another.
+        UserError: it names no checkpoint, or the run would mix its checkpoints with those of another.
     """
     existing = complete_checkpoints(checkpoint_folder(config))
-    if config.resume == "auto":
-        return existing[-1] if existing else None
-    if config.resume == "never":
-        if existing:
-            raise UserError(
-                f"output_dir {config.output_dir} holds checkpoints up to {existing[-1].name}: continue them with --resume auto, "
-                "or choose another output_dir"
-            )
-        return None
+    if config.resume == "never" and existing:
+        raise UserError(
+            f"output_dir {config.output_dir} holds checkpoints up to {existing[-1].name}: continue them with --resume auto, "
+            "or choose another output_dir"
+        )
+    if config.resume in ("auto", "never"):
+        return
     checkpoint = Path(config.resume)
     if not checkpoint.is_dir():
         raise UserError(
@@ -55,7 +40,6 @@ def find_checkpoint(config: RunConfig) -> Path | None:
             f"resume is '{config.resume}', but output_dir {config.output_dir} holds checkpoints up to {existing[-1].name}, which "
             "the run would mix with its own: choose another output_dir"
         )
-    return checkpoint
 
 
 def is_same_run(config: RunConfig, checkpoint: Path) -> bool:
@@ -63,84 +47,66 @@ def is_same_run(config: RunConfig, checkpoint: Path) -> bool:
     return checkpoint.resolve().parent == checkpoint_folder(config).resolve()
 
 
-def check_agreement(checkpoint: Path | None) -> None:
-    """All ranks must continue from the same step; the process groups must exist.
+def choose_checkpoint(config: RunConfig, mark: Callable[[str], None]) -> Path | None:
+    """The newest sound checkpoint, or the one that `resume` names; None starts anew. All ranks call it together.
+
+    With `resume: auto` a damaged checkpoint is renamed, so that it is never taken for whole, and the one before is looked at.
+
+    Args:
+        config: of the run.
+        mark: called before each checkpoint is read, which may take long.
 
     Raises:
-        UserError: they see different checkpoints: output_dir is not shared between the machines.
+        UserError: the one that was asked for is damaged, or all are; or the ranks do not see the same folder.
     """
+    folder = checkpoint_folder(config)
+    if torch.distributed.get_rank() == 0:
+        clear_leftovers(folder)
+    if config.resume == "never":
+        return None
+    if config.resume != "auto":
+        checkpoint = Path(config.resume)
+        mark(f"reading {checkpoint}")
+        damage = check_files(checkpoint)
+        if damage:
+            raise UserError(f"checkpoint {checkpoint} is damaged: {damage}")
+        return checkpoint
+    return _newest_sound(folder, mark)
+
+
+def _newest_sound(folder: Path, mark: Callable[[str], None]) -> Path | None:
+    candidates = complete_checkpoints(folder)
+    _check_agreement(candidates)
+    last_damage = ""
+    for checkpoint in reversed(candidates):
+        mark(f"reading {checkpoint}")
+        damage = check_files(checkpoint)
+        if not damage:
+            return checkpoint
+        if torch.distributed.get_rank() == 0:
+            aside = set_aside(checkpoint)
+            warn(f"checkpoint {checkpoint} is damaged and is now called {aside.name}: {damage}")
+        last_damage = f", the oldest is {checkpoint.name}: {damage}"
+    damaged = [sorted(path.name for path in folder.glob(f"{DAMAGED}*"))]
+    torch.distributed.broadcast_object_list(damaged)  # as rank 0 sees it, which has renamed them
+    if damaged[0]:  # just now, or by an attempt before this one: torchrun starts a run that failed again
+        raise UserError(
+            f"resume: every checkpoint in {folder} is damaged (now called {', '.join(damaged[0])}){last_damage}; to start anew, "
+            "choose another output_dir"
+        )
+    return None
+
+
+def check_files(checkpoint: Path) -> str:
+    """What is damaged in a checkpoint, empty if nothing is; the ranks divide its files and call this together."""
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    found: list[list[str]] = [[]] * ranks
+    torch.distributed.all_gather_object(found, find_damage(checkpoint, rank, ranks))
+    return "; ".join(dict.fromkeys(line for lines in found for line in lines))
+
+
+def _check_agreement(candidates: list[Path]) -> None:
     names: list[str] = [""] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(names, checkpoint.name if checkpoint else "none")
+    torch.distributed.all_gather_object(names, candidates[-1].name if candidates else "none")
     if len(set(names)) > 1:
         raise UserError(f"the ranks see different newest checkpoints ({', '.join(sorted(set(names)))}): output_dir must be shared")
-
-
-def check_continues(setup: RunSetup, record: dict[str, Any]) -> None:
-    """Refuse to continue under a configuration that would change the model, the data, the masks or what was already run.
-
-    Raises:
-        UserError: naming the first thing that differs.
-    """
-    if record["tokenizer"]["fingerprint"] != setup.tokenizer.fingerprint:
-        raise UserError(
-            f"resume: data.tokenizer {setup.tokenizer.source} is not the tokenizer that the checkpoint was trained with"
-        )
-    if record["encoder"] != vars(setup.encoder):
-        raise UserError(f"resume: model is {vars(setup.encoder)}, but the checkpoint was trained with {record['encoder']}")
-    _check_data(setup, record)
-    old, new = from_dict(record["config"]).as_dict(), setup.config.as_dict()
-    mixes = any(len(phase.weights) > 1 for phase in setup.plan.phases)
-    for key in [*FIXED, *([MIXTURE_ONLY] if mixes else [])]:
-        before, now = _get(old, key), _get(new, key)
-        if before != now:
-            raise UserError(f"resume: {key} is {now}, but the checkpoint was trained with {before}")
-    _check_plan(setup, record)
-
-
-def _check_data(setup: RunSetup, record: dict[str, Any]) -> None:
-    """The same tokens, wherever they lie."""
-    before, now = (
-        [(source["split"], source["fingerprint"], source["weight"]) for source in sources]
-        for sources in (record["data"], setup.data_record)
-    )
-    if before != now:
-        names = ", ".join(source["prefix"] for source in record["data"])
-        raise UserError(f"resume: the data sets or their weights are not those that the checkpoint was trained with ({names})")
-
-
-def _check_plan(setup: RunSetup, record: dict[str, Any]) -> None:
-    """The phases and the learning rate of the steps already run, and the loss that phases are compared by."""
-    step, new = record["step"], setup.config
-    if step > setup.plan.total_steps:
-        raise UserError(f"resume: the checkpoint is at step {step}, but the plan has {setup.plan.total_steps} steps")
-    stop = new.training.stop_at_step
-    if stop is not None and stop < step:
-        raise UserError(f"training.stop_at_step is {stop}, but the checkpoint is at step {step} already")
-    old = from_dict(record["config"])
-    for phase in setup.plan.phases:
-        before = old.phases[phase.index] if phase.index < len(old.phases) else None
-        if phase.start_step < step and new.phases[phase.index] != before:
-            raise UserError(f"resume: phase {phase.index} is {new.phases[phase.index]}, but it has already run as {before}")
-    rates = [learning_rate(config.optimizer, PhasePlan.from_config(config), step - 1) for config in (old, new)]
-    if rates[0] != rates[1]:
-        raise UserError(
-            f"resume: the learning rate of step {step} was {rates[0]:g} and would now be {rates[1]:g}: keep the optimizer section, "
-            "or start the new phases with learning_rate: rewarm"
-        )
-    ratio = comparison_ratio(setup)
-    if record["comparison_mask_ratio"] != ratio:
-        raise UserError(
-            f"resume: validation_mlm_loss was measured at the mask ratio {record['comparison_mask_ratio']} and would now be at "
-            f"{ratio}: set validation.mask_ratio {record['comparison_mask_ratio']}"
-        )
-
-
-def comparison_ratio(setup: RunSetup) -> float:
-    """Mask ratio of the MLM that phases are compared by, the same through the whole run."""
-    return setup.config.validation.mask_ratio or setup.plan.comparison_mask_ratio()
-
-
-def _get(tree: dict[str, Any], key: str) -> Any:
-    for part in key.split("."):
-        tree = tree[part]
-    return tree

@@ -1,6 +1,6 @@
 """One optimizer step: megatron's schedule over this rank's micro-batches, and the sums that are reported."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,12 @@ def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple
 
 
 def run_schedule(
-    chunks: list[torch.nn.Module], batches: Sequence[MicroBatch], tokens: int, device: torch.device, forward_only: bool
+    chunks: list[torch.nn.Module],
+    batches: Sequence[MicroBatch],
+    tokens: int,
+    device: torch.device,
+    forward_only: bool,
+    mark: Callable[[], None] = lambda: None,
 ) -> "Sums":
     """Run micro-batches forward (and backward) through the pipeline.
 
@@ -43,12 +48,13 @@ def run_schedule(
         tokens: tokens in each of them.
         device: where the model is.
         forward_only: no gradients.
+        mark: called before each micro-batch: the run is getting on.
 
     Returns:
         This data-parallel rank's sums.
     """
     on_device = [batch.to(device) for batch in batches]
-    iterators = [iter(on_device) for _ in chunks]
+    iterators = [_marking(on_device, mark) for _ in chunks]
     reports: list[Report] = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
@@ -63,6 +69,12 @@ def run_schedule(
     return sums
 
 
+def _marking(batches: Sequence[MicroBatch], mark: Callable[[], None]) -> Iterator[MicroBatch]:
+    for batch in batches:
+        mark()
+        yield batch
+
+
 @dataclass
 class Sums:
     """What a number of micro-batches add up to; `reduce` sums it over the ranks."""
@@ -75,17 +87,28 @@ class Sums:
     tokens: int = 0
     attended: float = 0.0
     """Sum over tokens of the length each attends to."""
+    batch_losses: list[torch.Tensor] = field(default_factory=list)
+    """Sum of losses of each micro-batch that was added; only on the last pipeline stage. Stays on the device."""
 
     def add(self, batches: Sequence[MicroBatch], reports: Sequence[Report]) -> None:
         """Count micro-batches and the losses the last stage reports for them."""
         for report in reports:
             for name, loss in report.items():
+                self.batch_losses.append(loss)
                 self.losses[name] = self.losses.get(name, torch.zeros((), device=self.device)) + loss
         for batch in batches:
             name = batch.objective.name
             self.predicted[name] = self.predicted.get(name, 0) + batch.target_ids.numel()
             self.tokens += batch.input_ids.numel()
             self.attended += attended_length(np.asarray(batch.segment_lengths), batch.causal)
+
+    def are_finite(self) -> bool:
+        """Whether all losses are; waits for the device."""
+        return not self.batch_losses or bool(torch.isfinite(torch.stack(self.batch_losses)).all())
+
+    def without_losses(self) -> "Sums":
+        """What a skipped step adds up to: its tokens were computed, and nothing was learned from them."""
+        return Sums(self.device, tokens=self.tokens, attended=self.attended)
 
     def merge(self, other: "Sums") -> None:
         """Add another sum of the same rank."""

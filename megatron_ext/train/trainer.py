@@ -1,10 +1,11 @@
 """The training run: set up, loop, and what happens between steps."""
 
+import functools
 import math
 import os
-import signal
 import sys
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,52 +14,64 @@ from megatron.core import parallel_state
 
 from megatron_ext.checkpoint_files import read_run_file
 from megatron_ext.config import RunConfig
-from megatron_ext.data.loader import BatchBuilder, TrainingLoader
-from megatron_ext.errors import UserError
+from megatron_ext.data.batch_log import BatchLog
+from megatron_ext.data.loader import BatchBuilder, StepData, TrainingLoader
 from megatron_ext.model.encoder import EncoderModel
-from megatron_ext.objective import OBJECTIVES
 from megatron_ext.runtime.cpu import patch_megatron
 from megatron_ext.runtime.topology import process_groups, rank_from_environment, world_size_from_environment
+from megatron_ext.runtime.watchdog import Watchdog
+from megatron_ext.train.agreement import Agreement
 from megatron_ext.train.build import build_model, wrap_model
-from megatron_ext.train.checkpoint import load_checkpoint, remove_old_checkpoints, save_checkpoint
+from megatron_ext.train.changes import as_records, check_changes
+from megatron_ext.train.checkpoint import load_checkpoint
 from megatron_ext.train.metrics import Counters, SpeedMeter, peak_flops, step_flops
-from megatron_ext.train.optimizer import build_optimizer, learning_rate, reset_optimizer_state, set_learning_rate
-from megatron_ext.train.preflight import RunSetup, prepare
-from megatron_ext.train.resume import (
-    check_agreement,
-    check_continues,
-    checkpoint_folder,
-    comparison_ratio,
-    find_checkpoint,
-    is_same_run,
+from megatron_ext.train.optimizer import (
+    build_optimizer,
+    gradient_norm,
+    learning_rate,
+    reset_optimizer_state,
+    set_learning_rate,
+    update,
 )
+from megatron_ext.train.preflight import RunSetup, prepare
+from megatron_ext.train.progress import progress_record
+from megatron_ext.train.resume import check_resume, checkpoint_folder, choose_checkpoint, is_same_run
+from megatron_ext.train.retention import note_branch
+from megatron_ext.train.saves import Saves
+from megatron_ext.train.saving import CheckpointSaver
+from megatron_ext.train.skipped import SkippedSteps
 from megatron_ext.train.step import Sums, run_schedule
+from megatron_ext.train.stopping import EXIT_HANG, EXIT_STOPPED, StopRequest
 from megatron_ext.train.tracking import Status, Trackers, build_trackers
 from megatron_ext.train.validation import validate
 
+SECONDS_AFTER_WATCHDOG = 60
+"""The process groups give up this much later than the watchdog, which knows the culprit."""
 
-def train(config: RunConfig) -> None:
+
+def train(config: RunConfig) -> int:
     """Run the configured plan, or what is left of it.
+
+    Returns:
+        The exit code: 0, or `EXIT_STOPPED` if a signal asked the run to stop and it was saved.
 
     Raises:
         UserError: the configuration does not fit the data, the machine or the checkpoint.
     """
     setup = prepare(config, world_size_from_environment())
-    checkpoint = find_checkpoint(config)
-    record = read_run_file(checkpoint) if checkpoint else None
-    if record is not None:
-        check_continues(setup, record)
-        if not is_same_run(config, checkpoint):
-            record = branch_of(record, checkpoint)
+    check_resume(config)
     use_all_cores()
     patch_megatron()
-    with process_groups(setup.layout, setup.backend):
-        check_agreement(checkpoint)
+    timeout = 60 * config.training.timeout_minutes
+    groups = process_groups(setup.layout, setup.backend, timedelta(seconds=timeout + SECONDS_AFTER_WATCHDOG))
+    with StopRequest() as stop, groups, Watchdog(timeout, EXIT_HANG) as watchdog:
+        checkpoint = choose_checkpoint(config, watchdog.mark)
+        record = _continue_from(setup, checkpoint) if checkpoint else None
         trackers = build_trackers(config, setup.plan.total_steps, record, rank_from_environment() == 0)
+        watchdog.at_end = functools.partial(trackers.finish, "FAILED")
         status: Status = "FAILED"
         try:
-            signal.signal(signal.SIGTERM, _stop_on_signal)
-            trainer = Trainer.build(setup, trackers)
+            trainer = Trainer.build(setup, trackers, watchdog, stop)
             if checkpoint and record:
                 trainer.restore(checkpoint, record)
             status = trainer.run()
@@ -67,6 +80,22 @@ def train(config: RunConfig) -> None:
             raise
         finally:
             trackers.finish(status)
+    return EXIT_STOPPED if status == "KILLED" else 0
+
+
+def _continue_from(setup: RunSetup, checkpoint: Path) -> dict[str, Any]:
+    """What the checkpoint says of its run, once it is clear that this run may go on from there."""
+    record = read_run_file(checkpoint)
+    changes = check_changes(setup, record)
+    if rank_from_environment() == 0:
+        for change in changes:
+            print(f"resume: {change}", file=sys.stderr)
+    record = {**record, "changes": [*record.get("changes", []), *as_records(changes, record["step"])]}
+    if is_same_run(setup.config, checkpoint):
+        return record
+    if rank_from_environment() == 0:
+        note_branch(checkpoint, setup.config)
+    return branch_of(record, checkpoint)
 
 
 def branch_of(record: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
@@ -84,110 +113,147 @@ def use_all_cores() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def _stop_on_signal(number: int, frame: object) -> None:
-    sys.exit(128 + number)
-
-
 @dataclass
 class Trainer:
     """The live objects of a run."""
 
     setup: RunSetup
     trackers: Trackers
+    watchdog: Watchdog
+    stop: StopRequest
     chunks: list[torch.nn.Module]
     """Model chunks wrapped for data parallelism."""
     bare_chunks: list[EncoderModel]
     """The same without their wrappers."""
     optimizer: Any
     loader: TrainingLoader
+    agreement: Agreement
+    saves: Saves
+    skipped: SkippedSteps
     speed: SpeedMeter
+    batch_log: BatchLog | None
     data_rank: int
     counters: Counters = field(default_factory=Counters)
     step: int = 0
     """Completed steps."""
     parent: dict[str, Any] | None = None
     """The checkpoint of another run that this one branched from."""
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """What changed in the configuration when the run was continued."""
+    is_stopping: bool = False
+    """A signal has come to some rank."""
 
     @classmethod
-    def build(cls, setup: RunSetup, trackers: Trackers) -> "Trainer":
+    def build(cls, setup: RunSetup, trackers: Trackers, watchdog: Watchdog, stop: StopRequest) -> "Trainer":
         """Build model, optimizer and loader; the process groups must exist."""
         config = setup.config
+        watchdog.mark("building the model")
         bare = build_model(setup.encoder, setup.vocab_size, setup.layout, setup.backend, setup.dtype, config.training.seed)
         chunks = wrap_model(bare, setup.layout.distributed_optimizer)
+        optimizer = build_optimizer(config.optimizer, chunks, setup.dtype, setup.layout.distributed_optimizer)
         rank = parallel_state.get_data_parallel_rank()
         builder = BatchBuilder(setup.training_data, config.data, setup.vocabulary, config.training.seed)
+        agreement = Agreement()
+        folder = checkpoint_folder(config)
         return cls(
             setup=setup,
             trackers=trackers,
+            watchdog=watchdog,
+            stop=stop,
             chunks=chunks,
             bare_chunks=bare,
-            optimizer=build_optimizer(config.optimizer, chunks, setup.dtype, setup.layout.distributed_optimizer),
+            optimizer=optimizer,
             loader=TrainingLoader(builder, setup.plan, config.training, rank, setup.layout.data),
+            agreement=agreement,
+            saves=Saves(folder, setup, CheckpointSaver(folder, setup, bare, optimizer, agreement), trackers),
+            skipped=SkippedSteps(Path(config.output_dir), config.training.max_skipped_steps),
             speed=SpeedMeter(_total_peak(setup)),
+            batch_log=_batch_log(setup, rank),
             data_rank=rank,
         )
 
     def restore(self, checkpoint: Any, record: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
+        self.watchdog.mark(f"loading {checkpoint}")
         load_checkpoint(checkpoint, self.bare_chunks, self.optimizer)
         self.step = record["step"]
-        self.parent = record["parent"]
-        self.counters = Counters(**{name: record[name] for name in Counters().as_dict()})
+        self.parent, self.changes = record["parent"], record["changes"]
+        self.counters = Counters(**{name: record.get(name, 0) for name in Counters().as_dict()})
+        self.skipped.in_a_row = record.get("skipped_in_a_row", 0)
 
     def run(self) -> Status:
-        """Run the steps that are left."""
-        plan, config = self.setup.plan, self.setup.config
-        last = config.training.stop_at_step or plan.total_steps
-        self.speed.start()
+        """Run the steps that are left, or until a signal comes."""
+        last = self.setup.config.training.stop_at_step or self.setup.plan.total_steps
         if self.step == last and rank_from_environment() == 0:
             print(f"step {self.step} of {last}: nothing is left to do", file=sys.stderr)
-        window = Sums(self.setup.backend.device)
-        window_steps = 0
+        try:
+            self._loop(last)
+            self.saves.finish(is_last=True)
+        except BaseException:
+            self.saves.abandon()
+            raise
+        if self.is_stopping and self.step < last:
+            self._tell_stopped()
+            return "KILLED"
+        return "FINISHED" if self.step == self.setup.plan.total_steps else "SCHEDULED"
+
+    def _loop(self, last: int) -> None:
+        plan, config = self.setup.plan, self.setup.config
+        self.speed.start()
+        window, window_steps = Sums(self.setup.backend.device), 0
         for data in self.loader.prefetch(self.step, last):
             phase = plan.phase_at(data.step)
             if phase.resets_optimizer and data.step == phase.start_step:
                 reset_optimizer_state(self.optimizer)
             rate = learning_rate(config.optimizer, plan, data.step)
             set_learning_rate(self.optimizer, config.optimizer, rate)
-            sums, gradient_norm = self.train_step(data.micro_batches)
+            sums, norm = self.train_step(data)
             window.merge(sums)
             window_steps += 1
             self.step = data.step + 1
-            is_edge = self.step in (phase.end_step, last)
-            if is_edge or _is_due(self.step, config.training.log_interval) or self._saves():
-                self._read(window, window_steps, {"learning_rate": rate, "gradient_norm": gradient_norm})
+            ends = self.is_stopping or self.step == last
+            saves = ends or self.saves.is_due(self.step)
+            if saves or _is_due(self.step, config.training.log_interval):
+                self._read(window, window_steps, {"learning_rate": rate, "gradient_norm": norm})
                 window, window_steps = Sums(self.setup.backend.device), 0
-            if is_edge or _is_due(self.step, config.validation.interval):
+            if self.step in (phase.end_step, last) or (_is_due(self.step, config.validation.interval) and not self.is_stopping):
                 self._validate()
-            if is_edge or self._saves():
-                self._save()
-        return "FINISHED" if self.step == plan.total_steps else "SCHEDULED"
+            if saves:
+                self._save(phase.name, ends)
+            if ends:
+                return
+            self.watchdog.mark(f"waiting for the data of step {self.step + 1}")
 
-    def train_step(self, batches: list[Any]) -> tuple[Sums, float]:
-        """Forward, backward and update over this rank's micro-batches.
+    def train_step(self, data: StepData) -> tuple[Sums, float]:
+        """Forward, backward and, if loss and gradients are finite on all ranks, update over this rank's micro-batches.
 
         Returns:
             This rank's sums, and the global gradient norm before clipping.
         """
+        mark = functools.partial(self.watchdog.mark, f"running step {data.step + 1}")
+        if self.batch_log:
+            self.batch_log.write(data, self.setup.plan.phase_at(data.step).name)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = run_schedule(self.chunks, batches, self._tokens_per_batch, self.setup.backend.device, forward_only=False)
-        _, gradient_norm, _ = self.optimizer.step()
-        if not math.isfinite(gradient_norm):
-            # The norm is global, so every rank stops here, and the last checkpoint is from before the bad update.
-            raise UserError(
-                f"the gradient norm of step {self.step + 1} is {gradient_norm}: training stopped before anything was saved; "
-                "a lower optimizer.learning_rate or a longer warmup usually helps"
-            )
-        return sums, float(gradient_norm)
+        sums = run_schedule(self.chunks, data.micro_batches, self._tokens_per_batch, self.setup.backend.device, False, mark)
+        norm = gradient_norm(self.optimizer)
+        is_bad = not (math.isfinite(norm) and sums.are_finite())
+        is_bad, self.is_stopping, is_writing = self.agreement.any(is_bad, self.stop.came, self.saves.is_writing)
+        if is_bad:
+            self.counters.skipped_steps += 1
+            self.skipped.skip(data, [float(loss) for loss in sums.batch_losses], norm)
+            sums = sums.without_losses()
+        else:
+            self.skipped.good()
+            update(self.optimizer, norm)
+        with self.speed.pause():
+            self.saves.collect(is_writing)
+        return sums, norm
 
     @property
     def _tokens_per_batch(self) -> int:
         return self.setup.config.training.micro_batch_size * self.setup.config.data.sequence_length
-
-    def _saves(self) -> bool:
-        return _is_due(self.step, self.setup.config.checkpoint.interval)
 
     def _read(self, window: Sums, steps: int, metrics: dict[str, float]) -> None:
         """Sum the window up over the ranks, count it and log it."""
@@ -196,8 +262,9 @@ class Trainer:
         self.counters.add(sums, steps * self.setup.config.training.global_batch_size, flops)
         phase = self.setup.plan.phase_at(self.step - 1)
         predicted = sum(sums.predicted.values())
+        losses = {"loss": sum(sums.losses.values()) / predicted} if predicted else {}
         metrics = {
-            "loss": sum(sums.losses.values()) / max(1, predicted),
+            **losses,
             **{f"loss/{name}": loss for name, loss in sums.mean_losses().items()},
             **metrics,
             **self.speed.read(sums, flops, steps),
@@ -210,45 +277,40 @@ class Trainer:
         if self.setup.validation_data is None:
             return
         phase = self.setup.plan.phase_at(self.step - 1)
+        mark = functools.partial(self.watchdog.mark, f"validating after step {self.step}")
         with self.speed.pause():
-            losses = validate(self.setup, self.chunks, phase, self.step - 1, self.data_rank)
+            losses = validate(self.setup, self.chunks, phase, self.step - 1, self.data_rank, mark)
         self.trackers.log(self.step, losses, phase.name)
 
-    def _save(self) -> None:
-        folder = checkpoint_folder(self.setup.config)
-        with self.speed.pause():
-            save_checkpoint(folder, self.setup, self._record(), self.bare_chunks, self.optimizer)
-            if rank_from_environment() == 0:
-                edges = {phase.end_step for phase in self.setup.plan.phases}
-                remove_old_checkpoints(folder, self.setup.config.checkpoint.keep_last, edges)
-
-    def _record(self) -> dict[str, Any]:
-        """What `run.json` says of the progress."""
-        plan = self.setup.plan
-        phase = plan.phase_at(self.step - 1)
-        return {
-            "step": self.step,
-            "phase": phase.name,
-            "causal": all(OBJECTIVES[name].causal for name in phase.weights),
+    def _save(self, phase: str, is_last: bool) -> None:
+        self.watchdog.mark(f"saving after step {self.step}")
+        record = {
+            **progress_record(self.setup, self.step),
             **self.counters.as_dict(),
-            "phases": [
-                {
-                    "name": p.name,
-                    "start_step": p.start_step,
-                    "end_step": p.end_step,
-                    "objectives": p.weights,
-                    "masking": vars(p.masking),
-                }
-                for p in plan.phases
-            ],
-            "comparison_mask_ratio": comparison_ratio(self.setup),
+            "skipped_in_a_row": self.skipped.in_a_row,
             "parent": self.parent,
+            "changes": self.changes,
             **self.trackers.identity(),
         }
+        with self.speed.pause():
+            self.saves.save(record, phase, is_last)
+
+    def _tell_stopped(self) -> None:
+        if rank_from_environment() == 0:
+            name = self.stop.signal_name or "a signal to another rank"
+            print(f"stopped by {name} after step {self.step}, which was saved: --resume auto continues it", file=sys.stderr)
 
 
 def _is_due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
+
+
+def _batch_log(setup: RunSetup, rank: int) -> BatchLog | None:
+    """One rank of each model replica keeps it."""
+    is_first = parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+    if not (setup.config.training.log_batches and is_first):
+        return None
+    return BatchLog(Path(setup.config.output_dir), setup.training_data, rank)
 
 
 def _total_peak(setup: RunSetup) -> float:

@@ -1,5 +1,6 @@
 """Validation on a fixed set of samples: under the phase's own objectives, and always under one MLM, so that phases compare."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +9,8 @@ from megatron_ext.config import MaskingConfig
 from megatron_ext.data.batch import MicroBatch
 from megatron_ext.data.loader import BatchBuilder
 from megatron_ext.objective import OBJECTIVES, VALIDATION_STREAM, Objective, Phase
+from megatron_ext.train.changes import comparison_ratio
 from megatron_ext.train.preflight import RunSetup
-from megatron_ext.train.resume import comparison_ratio
 from megatron_ext.train.step import run_schedule
 
 COMPARISON = "validation_mlm_loss"
@@ -51,7 +52,9 @@ def validation_batches(setup: RunSetup, builder: BatchBuilder, task: Task, rank:
     return [builder.build(first, size, task.objective, task.masking, task.ratio) for first in starts]
 
 
-def validate(setup: RunSetup, chunks: list[torch.nn.Module], phase: Phase, step: int, rank: int) -> dict[str, float]:
+def validate(
+    setup: RunSetup, chunks: list[torch.nn.Module], phase: Phase, step: int, rank: int, mark: Callable[[], None]
+) -> dict[str, float]:
     """Mean losses over the fixed set, equal on all ranks.
 
     Args:
@@ -60,6 +63,7 @@ def validate(setup: RunSetup, chunks: list[torch.nn.Module], phase: Phase, step:
         phase: the phase of `step`.
         step: the last completed step.
         rank: data-parallel rank.
+        mark: called before each micro-batch.
 
     Returns:
         Metric name -> nats per predicted token.
@@ -72,7 +76,7 @@ def validate(setup: RunSetup, chunks: list[torch.nn.Module], phase: Phase, step:
     for task in [*phase_tasks(phase, step), comparison_task(setup)]:
         batches = validation_batches(setup, builder, task, rank, setup.layout.data)
         with torch.no_grad():
-            sums = run_schedule(chunks, batches, tokens, setup.backend.device, forward_only=True).reduce()
+            sums = run_schedule(chunks, batches, tokens, setup.backend.device, True, mark).reduce()
         if sums.predicted[task.objective.name]:
             results[task.metric] = sums.mean_losses()[task.objective.name]
     for chunk in chunks:

@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_ext.errors import UserError
 from megatron_ext.hf.checkpoint_reader import CheckpointReader
+from megatron_ext.runtime.launch import run_on_ranks
 from tests.conftest import Corpus
-from tests.distributed.launch import run_on_ranks
 from tests.distributed.test_training import config_tree, run_training
 
 ROOT = Path(__file__).parents[2]

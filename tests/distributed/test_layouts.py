@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.launch import run_on_ranks
-from tests.distributed.models import MICRO_BATCHES, SEQUENCE_LENGTH, Case, build, data_parallel_share, gather, make_batch
+from megatron_ext.doctor.small_model import make_batch
+from megatron_ext.doctor.whole_tensors import TIED_COPY, gather, own_share, whole_gradients
+from megatron_ext.runtime.launch import run_on_ranks
+from tests.distributed.models import MICRO_BATCHES, SEQUENCE_LENGTH, Case, build
 
 SETTINGS = [(objective, packed) for objective in ("clm", "mlm", "mntp", "mixed") for packed in (True, False)]
 CASES = {
@@ -38,9 +40,8 @@ def measure(cases: dict[str, Case]) -> dict[str, Any]:
 
 
 def _batches(objective: str, packed: bool, step: int = 0) -> list[Any]:
-    names = {"mixed": ("clm", "mlm", "mlm", "mntp")}.get(objective, (objective,))
     first = step * MICRO_BATCHES
-    return data_parallel_share([make_batch(first + k, names[k % len(names)], packed) for k in range(MICRO_BATCHES)])
+    return own_share([make_batch(first + k, objective, packed, SEQUENCE_LENGTH) for k in range(MICRO_BATCHES)])
 
 
 def _gradients(case: Case, bare: list[Any], wrapped: list[Any], objective: str, packed: bool) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def _gradients(case: Case, bare: list[Any], wrapped: list[Any], objective: str, 
         chunk.zero_grad_buffer()
     sums = run_schedule(wrapped, _batches(objective, packed), 2 * SEQUENCE_LENGTH, torch.device("cpu"), forward_only=False)
     total = sums.reduce()
-    gradients = {} if case.distributed_optimizer else gather(bare, lambda parameter: parameter.main_grad)
+    gradients = whole_gradients(bare, wrapped, case.distributed_optimizer)
     return {"loss": total.mean_losses(), "predicted": total.predicted, "gradients": gradients}
 
 
@@ -107,9 +108,7 @@ def test_loss_and_gradients_equal_one_rank(measured: Any, name: str, objective: 
     ours, one = (results[objective, packed] for results in measured)
     assert ours["predicted"] == one["predicted"]
     assert ours["loss"] == pytest.approx(one["loss"], rel=1e-5)
-    if CASES[name][1].distributed_optimizer:
-        return  # gradients are left scattered; the updated weights are compared below
-    assert ours["gradients"].keys() - {"tied copy"} == one["gradients"].keys()
+    assert ours["gradients"].keys() - {TIED_COPY} == one["gradients"].keys()
     for parameter, expected in one["gradients"].items():
         largest = expected.abs().max()
         assert largest > 0, parameter

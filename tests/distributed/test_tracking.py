@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +11,8 @@ import pytest
 import yaml
 from mlflow.tracking import MlflowClient
 
+from megatron_ext.runtime.launch import run_on_ranks
 from tests.conftest import Corpus
-from tests.distributed.launch import run_on_ranks
 from tests.distributed.test_training import EDGE, TOTAL, config_tree, run_training
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,21 +72,9 @@ def test_a_killed_run_says_so(corpus: Corpus, tmp_path: Path) -> None:
     tree["phases"] = [{"objective": "clm", "steps": 100_000}]
     process = run_process(tree, tmp_path)
     for line in process.stderr:
-        if line.startswith("step 3/"):
+        if line.startswith("step ") and (tmp_path / "run/mlflow_spool.ack.json").is_file():  # MLflow's part is under way
             process.send_signal(signal.SIGTERM)
             break
     process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
     assert [run.info.status for run in runs(tmp_path / "run")[1]] == ["KILLED"]
-
-
-def test_an_absent_server_does_not_stop_training(corpus: Corpus, tmp_path: Path) -> None:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
-        uri = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        process = run_process(config_tree(corpus, tmp_path / "run", {}, tracking={"mlflow": True, "uri": uri}), tmp_path)
-        _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert errors.count("warning: MLflow") == 1
-    assert (tmp_path / f"run/checkpoints/step_{TOTAL:08d}/run.json").is_file()
-    assert f'"step": {TOTAL}' in (tmp_path / "run/metrics.jsonl").read_text()

@@ -17,7 +17,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.model.flops import attended_length, count_parameters, training_flops
 from megatron_ext.model.presets import PRESETS, EncoderConfig, build_encoder_config
 from megatron_ext.objective import MASK_STREAM, OBJECTIVES, Vocabulary, make_example, random_generator
-from tests.distributed.launch import run_on_ranks
+from megatron_ext.runtime.launch import run_on_ranks
 
 VOCAB_SIZE = 101  # padded to 128
 ENCODER = EncoderConfig(

@@ -10,7 +10,7 @@ from megatron_ext.config import OptimizerConfig, PhaseConfig
 from megatron_ext.model.presets import EncoderConfig
 from megatron_ext.objective import PhasePlan
 from megatron_ext.runtime.adamw import FusedAdamW
-from tests.distributed.launch import run_on_ranks
+from megatron_ext.runtime.launch import run_on_ranks
 
 ENCODER = EncoderConfig(num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, head_dim=8)
 VOCAB_SIZE = 50

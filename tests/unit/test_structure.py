@@ -11,25 +11,30 @@ PACKAGE = "megatron_ext"
 LONGEST_MODULE = 500
 
 # What each part may import of the package besides itself; an entry stands for the module or folder and all below it.
-CORE = {"errors", "config", "checkpoint_files"}
+CORE = {"secrets", "errors", "config", "checkpoint_files", "tree"}
 ALLOWED = {
     "": set(),
-    "errors": set(),
-    "config": {"errors"},
-    "run_record": {"errors"},
-    "checkpoint_files": {"errors", "run_record"},
-    "unpickling": {"errors", "checkpoint_files"},
-    "objective": {"errors", "config"},
+    "secrets": set(),
+    "tree": set(),
+    "errors": {"secrets"},
+    "config_tree": {"secrets", "errors"},
+    "config_yaml": {"secrets", "errors", "config_tree"},
+    "config": {"secrets", "errors", "config_tree", "config_yaml"},
+    "run_record": {"secrets", "errors"},
+    "checkpoint_files": {"secrets", "errors", "run_record"},
+    "unpickling": {"secrets", "errors", "checkpoint_files"},
+    "objective": CORE,
     "runtime": CORE,
     "data": CORE | {"objective", "runtime"},
     "model": CORE | {"objective", "runtime", "data"},
     "train": CORE | {"unpickling", "objective", "runtime", "data", "model"},
     "hf": CORE | {"unpickling", "objective", "data.tokenizer", "model.presets"},
     "plan": CORE | {"objective", "runtime", "data", "model"},
-    "evaluation": {"errors"},
+    "evaluation": {"secrets", "errors"},
+    "doctor": CORE | {"unpickling", "objective", "runtime", "data", "model", "train", "hf", "plan", "evaluation"},
     "study": CORE | {"unpickling", "objective", "runtime", "data", "model", "train", "hf", "plan", "evaluation"},
 }
-MAY_IMPORT_MEGATRON = {"runtime", "data", "model", "train", "plan"}
+MAY_IMPORT_MEGATRON = {"runtime", "data", "model", "train", "plan", "doctor"}
 NEVER = "megatron.training"
 
 MODULES = sorted((ROOT / PACKAGE).rglob("*.py"))
@@ -95,6 +100,7 @@ def test_entry_points_never_import_megatron_training(path: Path) -> None:
         ("config.py", "from megatron_ext import objective"),
         ("config.py", "from . import objective"),
         ("config.py", "import megatron.core"),
+        ("secrets.py", "from megatron_ext.errors import UserError"),
         ("runtime/cpu.py", "from megatron_ext.objective import Phase"),
         ("runtime/cpu.py", "def f():\n    from megatron_ext.model import head"),
         ("data/loader.py", "import megatron_ext.model.head"),

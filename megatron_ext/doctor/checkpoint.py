@@ -1,0 +1,245 @@
+"""Is a checkpoint whole, and does it hold what its `run.json` says? Files, tensors, counters, tokenizer.
+
+What `run.json` says is held against what can be worked out from its own configuration, and against the files.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_ext.checkpoint_files import RUN_FILE, find_damage, read_run_file, step_of
+from megatron_ext.config import RunConfig, from_dict
+from megatron_ext.doctor.report import Report
+from megatron_ext.errors import UserError
+from megatron_ext.objective import OBJECTIVES, Phase, PhasePlan
+from megatron_ext.runtime.capabilities import check_apex, installed_version
+
+if TYPE_CHECKING:
+    from megatron_ext.hf.checkpoint_reader import CheckpointReader
+
+MOMENTS = ("optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq.")
+"""Prefixes of AdamW's two moments, before the parameter's name."""
+UNFINISHED = (".writing-", ".removing-")
+MOST_NAMES = 3
+"""Tensors named in one line; the others are counted."""
+
+
+def check_checkpoints(folder: Path) -> Report:
+    """Check one checkpoint, or all of a run, the newest last.
+
+    Args:
+        folder: a `step_*` directory, a run's `checkpoints` folder, or its output_dir.
+
+    Raises:
+        UserError: there is no checkpoint there, or an `apex` that is not NVIDIA's.
+    """
+    check_apex()
+    checkpoints = _find(folder)
+    report = Report("checkpoint", {"checkpoints": []})
+    for checkpoint in checkpoints:
+        found = check_checkpoint(checkpoint)
+        name = f"{checkpoint.name}: " if len(checkpoints) > 1 else ""
+        report.facts["checkpoints"].append(found.facts)
+        report.problems += [name + line for line in found.problems]
+        report.notes += [name + line for line in found.notes]
+    if checkpoints[0] != folder:
+        for path in sorted(path for path in checkpoints[0].parent.iterdir() if path.name.startswith(UNFINISHED)):
+            report.notes.append(f"{path} was left by a run that was stopped; it may be removed when no run is going on")
+    return report
+
+
+def _find(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise UserError(f"--checkpoint {folder}: there is no such folder")
+    if (folder / RUN_FILE).is_file() or step_of(folder) >= 0:
+        return [folder]
+    for parent in (folder, folder / "checkpoints"):
+        # A step_* folder that lacks its run.json is a finding, not nothing.
+        found = sorted(path for path in parent.glob("step_*") if path.is_dir() and step_of(path) >= 0)
+        if found:
+            return found
+    raise UserError(f"--checkpoint {folder}: it is no step_* folder, and there is none in it or in its checkpoints folder")
+
+
+def check_checkpoint(checkpoint: Path) -> Report:
+    """Every check on one checkpoint."""
+    found = Report("checkpoint", {"path": str(checkpoint)})
+    try:
+        record = read_run_file(checkpoint)
+        _check_files(checkpoint, record, found)
+        config = from_dict(record["config"])
+        _check_counters(checkpoint, record, config, found)
+        _check_tokenizer(checkpoint, record, found)
+        _check_tensors(checkpoint, record, config, found)
+        _check_optimizer_steps(checkpoint, record["step"], PhasePlan.from_config(config), found)
+        _note_versions(record["versions"], found)
+    except UserError as error:
+        found.problems.append(str(error))
+    return found
+
+
+def _note_versions(versions: dict[str, str], found: Report) -> None:
+    for name, version in versions.items():
+        installed = installed_version(name)
+        if installed != version:
+            found.notes.append(f"written with {name} {version}; {installed or 'none'} is installed here")
+
+
+def _check_files(checkpoint: Path, record: dict[str, Any], found: Report) -> None:
+    found.problems += find_damage(checkpoint)
+    there = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if not path.is_dir()}
+    strays = sorted(there - record["files"].keys() - {RUN_FILE})
+    found.problems += [f"{name} is there, but {RUN_FILE} does not name it" for name in strays]
+    found.facts |= {"files": len(record["files"]), "bytes": sum(entry["bytes"] for entry in record["files"].values())}
+
+
+def _check_counters(checkpoint: Path, record: dict[str, Any], config: RunConfig, found: Report) -> None:
+    """Step, phase, samples and tokens follow from the configuration."""
+    from megatron_ext.model.presets import build_encoder_config
+
+    step, plan = record["step"], PhasePlan.from_config(config)
+    found.facts |= {name: record[name] for name in ("step", "phase", "samples", "tokens", "predicted_tokens", "flops")}
+    if step_of(checkpoint) not in (-1, step):
+        found.problems.append(f"{RUN_FILE} is of step {step}, the folder's name says {step_of(checkpoint)}")
+    if not 0 < step <= plan.total_steps:
+        found.problems.append(f"step {step} lies outside the plan of {plan.total_steps} steps")
+        return
+    phase = plan.phase_at(step - 1)
+    samples = step * config.training.global_batch_size
+    tokens = samples * config.data.sequence_length
+    expected = {"phase": phase.name, "samples": samples, "tokens": tokens, "causal": _is_causal(phase)}
+    expected["encoder"] = vars(build_encoder_config(config.model))
+    for name, value in expected.items():
+        if record[name] != value:
+            found.problems.append(f"{name} is {record[name]} in {RUN_FILE}, but step {step} of its configuration gives {value}")
+    if not 0 <= record["predicted_tokens"] <= tokens:
+        found.problems.append(f"predicted_tokens is {record['predicted_tokens']} of {tokens} tokens")
+    if [(entry["name"], entry["start_step"], entry["end_step"]) for entry in record["phases"]] != [
+        (entry.name, entry.start_step, entry.end_step) for entry in plan.phases
+    ]:
+        found.problems.append(f"the phases in {RUN_FILE} are not those of its configuration")
+
+
+def _is_causal(phase: Phase) -> bool:
+    return all(OBJECTIVES[name].causal for name in phase.weights)
+
+
+def _check_tokenizer(checkpoint: Path, record: dict[str, Any], found: Report) -> None:
+    from megatron_ext.data.tokenizer import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(checkpoint / record["tokenizer"]["path"])
+    except UserError as error:
+        found.problems.append(str(error))
+        return
+    found.facts["tokenizer_fingerprint"] = tokenizer.fingerprint
+    if tokenizer.fingerprint != record["tokenizer"]["fingerprint"]:
+        recorded = record["tokenizer"]["fingerprint"]
+        found.problems.append(f"the tokenizer has the fingerprint {tokenizer.fingerprint[:12]}, the run's had {recorded[:12]}")
+    if tokenizer.vocab_size != record["vocab_size"]:
+        found.problems.append(f"the tokenizer has {tokenizer.vocab_size} ids, {RUN_FILE} says {record['vocab_size']}")
+
+
+def _check_tensors(checkpoint: Path, record: dict[str, Any], config: RunConfig, found: Report) -> None:
+    """Every tensor of the model and of AdamW, in its full shape and finite."""
+    from megatron_ext.hf.checkpoint_reader import CheckpointReader
+    from megatron_ext.hf.weight_map import llama
+    from megatron_ext.model.encoder import padded_vocab_size
+
+    try:
+        reader = CheckpointReader(checkpoint)
+    except UserError as error:
+        found.problems.append(str(error))
+        return
+    run = reader.record
+    tensor = record["parallel"].get("tensor")
+    padded = padded_vocab_size(run.vocab_size, tensor) if isinstance(tensor, int) and tensor > 0 else None
+    if padded is None:
+        found.problems.append(f"parallel.tensor is {tensor} in {RUN_FILE}: it must be at least 1")
+    elif run.padded_vocab_size != padded:
+        found.problems.append(f"padded_vocab_size is {run.padded_vocab_size}: {run.vocab_size} ids at this layout give {padded}")
+    shapes = {
+        mapping.megatron_key: mapping.converter.megatron_shape
+        for mapping in llama(run.encoder, run.vocab_size, run.padded_vocab_size)
+    }
+    _compare_shapes(reader.tensors, shapes, "tensor", found)
+    _compare_shapes(reader.optimizer_tensors, _optimizer_shapes(reader, shapes, config), "AdamW tensor", found)
+    found.facts |= {"tensors": len(reader.tensors), "optimizer_tensors": len(reader.optimizer_tensors)}
+    _check_values(reader, found)
+
+
+def _optimizer_shapes(reader: "CheckpointReader", shapes: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """Two moments a parameter; and its float32 master weights, wherever this optimizer keeps them."""
+    from megatron_ext.train.optimizer_state import MASTER_PREFIXES
+
+    prefixes = list(MOMENTS)
+    stored = [prefix for prefix in MASTER_PREFIXES if any(key.startswith(prefix) for key in reader.optimizer_tensors)]
+    needs_masters = config.training.precision == "bf16"
+    prefixes += stored or ([MASTER_PREFIXES[0]] if needs_masters else [])
+    return {prefix + key: shape for prefix in prefixes for key, shape in shapes.items()}
+
+
+def _check_optimizer_steps(checkpoint: Path, step: int, plan: PhasePlan, found: Report) -> None:
+    """AdamW counts its steps since the last phase that reset it."""
+    from megatron_ext.unpickling import read_common
+
+    counted = {int(count) for count in _step_counts(read_common(checkpoint))}
+    resets = [phase.start_step for phase in plan.phases if phase.resets_optimizer and phase.start_step < step]
+    expected = step - max(resets, default=0)
+    if counted != {expected}:
+        has = ", ".join(map(str, sorted(counted))) or "nothing"
+        found.problems.append(f"AdamW has counted {has} as its steps, {expected} since its last reset are expected")
+
+
+def _step_counts(tree: Any) -> Iterator[Any]:
+    """The `step` of every parameter group in a nested state."""
+    if isinstance(tree, dict):
+        yield from (group["step"] for group in tree.get("param_groups", ()) if "step" in group)
+    for value in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ():
+        if isinstance(value, dict | list | tuple):
+            yield from _step_counts(value)
+
+
+def _compare_shapes(found_tensors: dict[str, Any], shapes: dict[str, Any], what: str, found: Report) -> None:
+    for keys, wrong in (
+        (shapes.keys() - found_tensors.keys(), "is missing"),
+        (found_tensors.keys() - shapes.keys(), "is there and belongs to no parameter"),
+    ):
+        if keys:
+            found.problems.append(f"{what} {_names(sorted(keys))}: {wrong}")
+    for key in sorted(shapes.keys() & found_tensors.keys()):
+        has = tuple(found_tensors[key].shape)
+        if has != shapes[key]:
+            found.problems.append(f"{what} {key} has the shape {list(has)}, the encoder's sizes ask for {list(shapes[key])}")
+
+
+def _names(names: list[str]) -> str:
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more
+
+
+def _check_values(reader: "CheckpointReader", found: Report) -> None:
+    """Read every tensor, one at a time: finite, and the second moments not negative."""
+    parameters = 0
+    for key, tensor in _stream(reader, found):
+        if key in reader.tensors:
+            parameters += tensor.numel()
+        wrong = tensor.numel() - int(tensor.isfinite().sum())
+        if wrong:
+            found.problems.append(f"{key} holds {wrong} of {tensor.numel()} values that are not finite")
+        elif key.startswith(MOMENTS[1]) and bool((tensor < 0).any()):
+            found.problems.append(f"{key} holds negative values: it is a mean of squares")
+    found.facts["parameters"] = parameters
+
+
+def _stream(reader: "CheckpointReader", found: Report) -> Iterator[tuple[str, Any]]:
+    """(key, tensor), with a bar on stderr where that is a terminal; those that cannot be read are reported and left out."""
+    from tqdm import tqdm
+
+    for key in tqdm([*reader.tensors, *reader.optimizer_tensors], desc=reader.directory.name, unit="tensor", disable=None):
+        try:
+            tensor = reader.read(key)
+        except UserError as error:
+            found.problems.append(str(error))
+            continue
+        yield key, tensor

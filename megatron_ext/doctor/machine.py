@@ -1,0 +1,241 @@
+"""What this machine has, what it lacks and what that costs, and what a run would use."""
+
+import os
+import platform
+import resource
+import shutil
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_ext.doctor.report import Report
+from megatron_ext.runtime.capabilities import (
+    Apex,
+    architecture,
+    find_apex,
+    has_fp8_units,
+    installed_version,
+    refusal_of,
+    transformer_engine_problem,
+)
+
+if TYPE_CHECKING:
+    from megatron_ext.runtime.backend import Backend
+
+OPTIONAL = {
+    "transformer-engine": "layers are plain torch modules: attention runs document by document, norms are not fused, no FP8",
+    "flash-attn": "Transformer Engine then attends with cuDNN's kernels; the local layers use what torch brings along",
+}
+"""Distributions that a run can do without, and what that costs."""
+LIMITS = {"open files": resource.RLIMIT_NOFILE, "locked memory": resource.RLIMIT_MEMLOCK}
+FEW_OPEN_FILES = 4096
+SMALL_SHARED_MEMORY = 2**30
+PACKAGE = "megatron_ext"
+
+
+def check_machine() -> Report:
+    """Look at this machine; a problem is what would stop a run or spoil it. Takes a few seconds, most of them imports."""
+    import torch
+
+    report = Report("machine")
+    apex = find_apex()
+    engine_problem = transformer_engine_problem()
+    report.facts = {
+        "system": _system(),
+        "gpus": _gpus(),
+        "communication": _communication(),
+        "packages": _packages(report),
+        "transformer_engine": {"version": installed_version("transformer-engine"), "problem": engine_problem},
+        "apex": vars(apex),
+        "flash_attention": installed_version("flash-attn"),
+        "will_use": None,
+    }
+    report.facts["fp8"] = _fp8(report.facts["gpus"], engine_problem)
+    _check_apex(report, apex, engine_problem)
+    _note_what_is_missing(report, engine_problem)
+    _note_limits(report)
+    if apex.kind != "foreign":  # otherwise importing megatron-core would run the foreign package
+        report.facts["will_use"] = _will_use()
+    if torch.cuda.is_available() and not report.facts["communication"]["nccl"]:
+        report.problems.append("there is a GPU, but this torch has no NCCL: training on GPUs needs it")
+    return report
+
+
+def _system() -> dict[str, Any]:
+    import psutil
+    import torch
+
+    shared, here = Path("/dev/shm"), Path.cwd()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": len(os.sched_getaffinity(0)),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "memory_bytes": _memory_limit(psutil.virtual_memory().total),
+        "memory_available_bytes": psutil.virtual_memory().available,
+        "shared_memory_bytes": shutil.disk_usage(shared).total if shared.is_dir() else None,
+        "free_disk_bytes": shutil.disk_usage(here).free,
+        "folder": str(here),
+        "limits": {name: _finite(resource.getrlimit(number)[0]) for name, number in LIMITS.items()},
+    }
+
+
+def _memory_limit(total: int) -> int:
+    """The machine's memory, or the container's limit where that is lower."""
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no such file, or `max`
+        return total
+
+
+def _finite(limit: int) -> int | None:
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    found = []
+    for number in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(number)
+        capability = (properties.major, properties.minor)
+        found.append(
+            {
+                "name": properties.name,
+                "memory_bytes": properties.total_memory,
+                "compute_capability": list(capability),
+                "architecture": architecture(capability),
+                "fp8_units": has_fp8_units(capability),
+            }
+        )
+    return found
+
+
+def _fp8(gpus: list[dict[str, Any]], engine_problem: str | None) -> dict[str, Any]:
+    """Whether FP8 matrices can be multiplied here, and if not, why."""
+    if not gpus:
+        reason = "there is no GPU"
+    elif not all(gpu["fp8_units"] for gpu in gpus):
+        gpu = next(gpu for gpu in gpus if not gpu["fp8_units"])
+        reason = f"{gpu['name']} is {gpu['architecture']}: FP8 begins with Ada Lovelace and Hopper"
+    else:
+        reason = f"Transformer Engine is missing ({engine_problem})" if engine_problem else None
+    return {"possible": reason is None, "reason": reason}
+
+
+def _communication() -> dict[str, Any]:
+    import torch
+
+    has_nccl = torch.distributed.is_nccl_available()
+    return {
+        "gloo": torch.distributed.is_gloo_available(),
+        "nccl": has_nccl,
+        "nccl_version": ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else None,
+        "cuda_version": torch.version.cuda,
+        "cudnn_version": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
+    }
+
+
+def _packages(report: Report) -> dict[str, str | None]:
+    """Versions of what this package requires, held against the versions that it allows."""
+    from packaging.requirements import Requirement
+
+    try:
+        requirements = [Requirement(text) for text in metadata.requires(PACKAGE) or ()]
+    except metadata.PackageNotFoundError:
+        report.notes.append(f"{PACKAGE} itself is not installed (pip install -e .): its requirements cannot be checked")
+        return {}
+    versions = {}
+    for requirement in (one for one in requirements if one.marker is None or one.marker.evaluate({"extra": ""})):
+        version = versions[requirement.name] = installed_version(requirement.name)
+        if version is None:
+            report.problems.append(f"{requirement.name} is not installed: {requirement.name}{requirement.specifier} is required")
+        elif not requirement.specifier.contains(version, prereleases=True):
+            report.problems.append(f"{requirement.name} {version} is installed: {requirement.specifier} is required")
+    return versions
+
+
+def _check_apex(report: Report, apex: Apex, engine_problem: str | None) -> None:
+    refusal = refusal_of(apex)
+    if refusal:
+        report.problems.append(refusal)
+    if apex.kind == "nvidia" and not apex.has_extensions and engine_problem is not None:
+        report.problems.append(
+            f"NVIDIA Apex at {apex.location} was built without its CUDA extensions (amp_C): megatron-core would take its "
+            "FusedAdam, which then fails; build it with them, or remove it"
+        )
+
+
+def _note_what_is_missing(report: Report, engine_problem: str | None) -> None:
+    for name, cost in OPTIONAL.items():
+        if installed_version(name) is None:
+            report.notes.append(f"{name} is not installed: {cost}")
+        elif name == "transformer-engine" and engine_problem is not None:
+            report.notes.append(f"{name} is installed but cannot be imported ({engine_problem}): {cost}")
+    if report.facts["apex"]["kind"] == "none" and engine_problem is not None:
+        report.notes.append("NVIDIA Apex is not installed either: AdamW runs on torch's fused kernel, which costs nothing")
+    if not report.facts["gpus"]:
+        report.notes.append("there is no GPU: everything runs on the CPU, joined by gloo, which is for small models and tests")
+
+
+def _note_limits(report: Report) -> None:
+    system = report.facts["system"]
+    files = system["limits"]["open files"]
+    if files is not None and files < FEW_OPEN_FILES:
+        report.notes.append(f"at most {files} files can be open: large blends and many ranks need more (ulimit -n)")
+    if not report.facts["gpus"]:
+        return
+    if system["shared_memory_bytes"] is not None and system["shared_memory_bytes"] < SMALL_SHARED_MEMORY:
+        report.notes.append(f"/dev/shm has {system['shared_memory_bytes'] >> 20} MiB: NCCL wants 1 GiB (docker run --shm-size)")
+    if system["limits"]["locked memory"] is not None:
+        report.notes.append("locked memory is limited: NCCL over InfiniBand needs it unlimited (ulimit -l)")
+
+
+def _will_use() -> dict[str, Any]:
+    """What a run with `training.backend: auto` takes, from the functions that a run asks."""
+    from megatron_ext.runtime.backend import choose_backend
+    from megatron_ext.runtime.cpu import adamw_class
+
+    backend = choose_backend("auto")
+    adamw = adamw_class()
+    return {
+        "device": backend.device.type,
+        "layers": backend.layers,
+        "communication": backend.communication,
+        "adamw": f"{adamw.__module__}.{adamw.__name__}",
+        "attention": list(_attention(backend)),
+    }
+
+
+def _attention(backend: "Backend") -> Iterator[dict[str, Any]]:
+    """For each objective, packed or not: the kernel, the mask it is given, and how many runs of tokens a micro-batch has."""
+    from megatron_ext.doctor.small_model import DOCUMENTS, SAMPLES, make_batch, sequence_length
+    from megatron_ext.model.attention import AttentionLayout, mask_type
+    from megatron_ext.objective import OBJECTIVES
+
+    for name in OBJECTIVES:
+        for packed in (True, False):
+            layout = AttentionLayout.of(make_batch(0, name, packed, sequence_length(1)))
+            yield {
+                "objective": name,
+                "packed": packed,
+                "kernel": _kernel(backend, layout.causal),
+                "mask_type": mask_type(layout, backend.layers).name,
+                "runs": len(layout.segment_lengths),
+                "samples": SAMPLES,
+                "documents": SAMPLES * DOCUMENTS,
+            }
+
+
+def _kernel(backend: "Backend", causal: bool) -> str:
+    """The attention kernel; torch is asked which of its own it takes for a training step of a usual size."""
+    import torch
+    from torch.nn.attention import SDPBackend
+
+    if backend.layers == "transformer_engine":
+        return "Transformer Engine, THD: flash attention or cuDNN, as it decides per call"
+    dtype = torch.bfloat16 if backend.device.type == "cuda" else torch.float32
+    query = torch.zeros(1, 12, 512, 64, dtype=dtype, device=backend.device, requires_grad=True)
+    chosen = SDPBackend(torch._fused_sdp_choice(query, query, query, None, 0.0, causal))
+    return f"torch SDPA, {chosen.name.lower()}"

@@ -1,0 +1,85 @@
+"""Two guarded patches of megatron's checkpoint writer, needed on any device, and its differences between versions."""
+
+import importlib
+import io
+import multiprocessing
+import os
+import signal
+import threading
+from multiprocessing.managers import SyncManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+COMMON_FILE = "common.pt"
+
+
+def patch_checkpoint_writer() -> None:
+    """Apply both; calling it again changes nothing."""
+    patch_common_state()
+    patch_results_queue()
+
+
+def patch_common_state() -> None:
+    """megatron 0.16 writes `common.pt` on rank 0 in the middle of a collective save.
+
+    If the disk is full there, rank 0 leaves the others waiting for ever. Written this way the failure shows as a missing file
+    (`common_state_is_missing`) that all ranks learn of. megatron 0.19 has no such file.
+    """
+    common = importlib.import_module("megatron.core.dist_checkpointing.strategies.common")
+    if hasattr(common, "TorchCommonSaveStrategy"):
+        common.TorchCommonSaveStrategy.save_common = lambda self, state, folder: _save_common(state, Path(folder))
+
+
+def _save_common(state: Any, folder: Path) -> None:
+    if torch.distributed.get_rank() == 0:
+        content = io.BytesIO()
+        torch.save(state, content)
+        path = folder / COMMON_FILE
+        try:
+            path.write_bytes(content.getvalue())
+        except OSError:
+            path.unlink(missing_ok=True)
+
+
+def common_state_is_missing(folder: Path) -> bool:
+    """Whether this version of megatron should have written `common.pt` and could not."""
+    common = importlib.import_module("megatron.core.dist_checkpointing.strategies.common")
+    return hasattr(common, "TorchCommonSaveStrategy") and not (folder / COMMON_FILE).is_file()
+
+
+def patch_results_queue() -> None:
+    """megatron's writers report to a manager process, which would outlive a trainer that is killed: ours ends with it."""
+    writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
+    name = "get_write_results_queue" if hasattr(writer, "get_write_results_queue") else "_get_write_results_queue"
+
+    def results_queue(mp_mode: str = "spawn") -> Any:
+        if writer._results_queue is None:
+            manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
+            manager.start(_end_with_parent)
+            writer._results_queue = manager.Queue()
+            writer._results_queue.manager = manager  # the queue goes when its manager does
+        return writer._results_queue
+
+    setattr(writer, name, results_queue)
+
+
+def _end_with_parent() -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # sent to all processes of a job: the last save still needs the manager
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def asynchronous_arguments() -> dict[str, Any]:
+    """What an asynchronous `dist_checkpointing.save` needs beside the flag: from 0.19 on there are two writers to choose from."""
+    from megatron.core.package_info import MAJOR, MINOR
+
+    return {"async_strategy": "mcore"} if (MAJOR, MINOR) >= (0, 17) else {}

@@ -1,0 +1,313 @@
+"""Writes checkpoints in the background and publishes them, whatever goes wrong on the way.
+
+All ranks plan together (megatron's `torch_dist` strategy), each forks a process that writes its shards and their sums from the
+memory as it was at the fork, and training goes on. When all processes have ended, rank 0 writes the index and `run.json` and
+publishes the directory by one rename. A save that fails on any rank - a full disk, a writer that was killed - fails on all of
+them alike, and leaves nothing behind but the checkpoints that were there.
+"""
+
+import errno
+import functools
+import json
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+from megatron_ext.checkpoint_files import FORMAT, RUN_FILE, checkpoint_name, describe_files, read_run_file
+from megatron_ext.runtime.writer import asynchronous_arguments, common_state_is_missing
+from megatron_ext.secrets import redact
+from megatron_ext.train.agreement import Agreement
+from megatron_ext.train.checkpoint import sharded_state
+from megatron_ext.train.preflight import RunSetup
+from megatron_ext.unpickling import read_metadata
+
+TOKENIZER_FOLDER = "tokenizer"
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "config.json")
+SUMS = ".sums-{rank}.json"
+SECONDS_BETWEEN_LOOKS = 0.02
+
+
+class _Strategy(TorchDistSaveShardedStrategy):
+    """megatron's strategy, which also shows the writer: its results are gathered here, where every failure is agreed on."""
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *rest: Any) -> AsyncRequest:
+        self.writer, self.index = writer, planned[1]
+        return super()._get_save_and_finalize_callbacks(writer, planned, *rest)
+
+
+@dataclass
+class _Save:
+    """A save under way."""
+
+    final: Path
+    aside: Path
+    record: dict[str, Any]
+    strategy: _Strategy
+    caller: TemporalAsyncCaller
+    started: float
+    stalled: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a save ended; the same on all ranks."""
+
+    step: int
+    problem: str | None
+    """What went wrong; None if the checkpoint was published."""
+    seconds: float
+    """From its beginning to its publication."""
+    stalled: float
+    """Seconds that training waited for it on this rank."""
+
+
+class CheckpointSaver:
+    """Saves one checkpoint at a time. All ranks make the same calls in the same order."""
+
+    def __init__(
+        self, folder: Path, setup: RunSetup, chunks: Sequence[torch.nn.Module], optimizer: Any, agreement: Agreement
+    ) -> None:
+        """
+        Args:
+            folder: the run's checkpoint folder.
+            setup: the run.
+            chunks: this rank's model chunks, without their wrappers.
+            optimizer: megatron's optimizer.
+            agreement: of all ranks.
+        """
+        self._folder, self._setup = folder, setup
+        self._chunks, self._optimizer = chunks, optimizer
+        self._agreement = agreement
+        self._save: _Save | None = None
+
+    @property
+    def is_writing(self) -> bool:
+        """This rank's writer is still at work."""
+        return self._save is not None and not _has_ended(self._save.caller)
+
+    @property
+    def is_open(self) -> bool:
+        """A save was started and not finished; the same on all ranks."""
+        return self._save is not None
+
+    def start(self, record: dict[str, Any]) -> Outcome | None:
+        """Begin to save; the one before must be finished.
+
+        Args:
+            record: what `run.json` says of the run's progress; must hold `step`.
+
+        Returns:
+            None, or how it failed already.
+        """
+        assert self._save is None, "one save at a time"
+        started = time.perf_counter()
+        final = self._folder / checkpoint_name(record["step"])
+        aside, problem = self._make_room(final)
+        if problem is None:
+            strategy = _Strategy("torch_dist", 1)
+            request = dist_checkpointing.save(
+                sharded_state(self._chunks, self._optimizer, is_loading=False),
+                str(aside),
+                strategy,
+                async_sharded_save=True,
+                **asynchronous_arguments(),
+            )
+            caller = TemporalAsyncCaller()
+            problem = self._first_problem(lambda: _check_common_state(aside), lambda: _launch(caller, request, aside))
+            self._save = _Save(final, aside, record, strategy, caller, started, time.perf_counter() - started)
+        return self._fail(problem, record["step"], started) if problem else None
+
+    def finish(self, timeout: float) -> Outcome:
+        """Wait for the writers of all ranks and publish; a writer that takes longer than `timeout` seconds is killed."""
+        save, waited = self._save, time.perf_counter()
+        assert save is not None, "nothing is being saved"
+        problem = self._first_problem(lambda: _wait(save.caller, timeout))
+        results: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(results, save.strategy.writer.retrieve_write_results())
+        failed = [result for result in results if not isinstance(result, list)]
+        if problem is None and failed:
+            problem = str(failed[0][0])
+        if problem is None:
+            problem = self._first_problem(lambda: self._publish(save, results) if _is_first() else None)
+        if problem is not None:
+            return self._fail(problem, save.record["step"], save.started)
+        self._save = None
+        now = time.perf_counter()
+        return Outcome(save.record["step"], None, now - save.started, save.stalled + now - waited)
+
+    def abandon(self) -> None:
+        """Kill this rank's writer: the run ends with an error. Rank 0 may leave a directory that the next run removes."""
+        if self._save is not None:
+            if self._save.caller.process is not None:
+                self._save.caller.process.kill()
+            self._save = None
+
+    def _make_room(self, final: Path) -> tuple[Path, str | None]:
+        """A fresh directory for this attempt: a writer that outlived its run can never write into it."""
+        names = [uuid.uuid4().hex[:8]]
+        torch.distributed.broadcast_object_list(names)
+        aside = self._folder / f".writing-{final.name}-{names[0]}"
+        return aside, self._first_problem(lambda: aside.mkdir(parents=True) if _is_first() else None)
+
+    def _first_problem(self, *actions: Callable[[], object]) -> str | None:
+        """Do something on each rank; what went wrong first on any of them, the same answer everywhere."""
+        message = None
+        try:
+            for action in actions:
+                action()
+        except (OSError, RuntimeError, TimeoutError) as error:
+            message = f"{error}"
+        return next(iter(self._agreement.messages(message)), None)
+
+    def _fail(self, problem: str, step: int, started: float) -> Outcome:
+        if self._save is not None:
+            if not _has_ended(self._save.caller):
+                self._save.caller.close(abort=True)
+            self._save.strategy.writer.retrieve_write_results()  # nothing may be left in the queue for the next save
+            torch.distributed.barrier()
+            if _is_first():
+                shutil.rmtree(self._save.aside, ignore_errors=True)
+            self._save = None
+        seconds = time.perf_counter() - started
+        return Outcome(step, problem, seconds, seconds)
+
+    def _publish(self, save: _Save, results: list[Any]) -> None:
+        aside = save.aside
+        save.strategy.writer.finish(save.strategy.index, results)
+        save_config(CheckpointingConfig(save.strategy.backend, save.strategy.version), str(aside))
+        _copy_tokenizer(self._setup.tokenizer.source, aside / TOKENIZER_FOLDER)
+        _write_run_file(aside, self._setup, save.record)
+        read_run_file(aside)
+        read_metadata(aside)  # every byte that the index names is there
+        if save.final.exists():  # of an earlier attempt that was found damaged
+            remove_checkpoint(save.final)
+        aside.rename(save.final)
+        _sync(save.final.parent)
+
+
+def _is_first() -> bool:
+    return torch.distributed.get_rank() == 0
+
+
+def _launch(caller: TemporalAsyncCaller, request: AsyncRequest, aside: Path) -> None:
+    if request.async_fn is not None:
+        write = functools.partial(_write_and_sum, request.async_fn, aside)
+        caller.schedule_async_call(request._replace(async_fn=write, finalize_fns=[]))
+
+
+def _check_common_state(aside: Path) -> None:
+    if _is_first() and common_state_is_missing(aside):
+        free = shutil.disk_usage(aside).free
+        raise OSError(f"common.pt could not be written ({free / 2**20:.1f} MiB are free)")
+
+
+def _write_and_sum(write: Callable[..., None], aside: Path, rank: int, *arguments: Any, **options: Any) -> None:
+    """In the forked process: write this rank's shards, then their sizes and sums."""
+    write(rank, *arguments, **options)
+    names = sorted(path.name for path in aside.glob(f"__{rank}_*"))
+    try:
+        (aside / SUMS.format(rank=rank)).write_text(json.dumps(describe_files(aside, names)))
+    except OSError as error:
+        sys.exit(error.errno or 1)  # the reason: `_wait` puts it into words
+
+
+def _has_ended(caller: TemporalAsyncCaller) -> bool:
+    return caller.process is None or not caller.process.is_alive()
+
+
+def _wait(caller: TemporalAsyncCaller, timeout: float) -> None:
+    process = caller.process
+    if process is not None:
+        process.join(timeout)
+        if process.is_alive():
+            caller.close(abort=True)
+            raise TimeoutError(f"the writer of rank {torch.distributed.get_rank()} took longer than {timeout:.0f} s")
+        if process.exitcode != 0:
+            raise RuntimeError(f"the writer of rank {torch.distributed.get_rank()} ended: {_describe_end(process.exitcode)}")
+        caller.close()
+
+
+def _describe_end(exit_code: int) -> str:
+    """In words, if it is an errno of `_write_and_sum`; 1 is that of any other exception."""
+    return os.strerror(exit_code) if exit_code > 1 and exit_code in errno.errorcode else f"exit code {exit_code}"
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a SentencePiece file, or a folder's tokenizer files: a model folder holds weights too, which do not belong here."""
+    target.mkdir()
+    names = TOKENIZER_FILES if source.is_dir() else (source.name,)
+    folder = source if source.is_dir() else source.parent
+    for path in {path for name in names for path in folder.glob(name)}:
+        shutil.copy(path, target)
+
+
+def _write_run_file(aside: Path, setup: RunSetup, record: dict[str, Any]) -> None:
+    source = setup.tokenizer.source
+    full = {
+        "format": FORMAT,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **record,
+        "encoder": vars(setup.encoder),
+        "vocab_size": setup.vocab_size,
+        "padded_vocab_size": setup.padded_vocab_size,
+        "tokenizer": {
+            "path": TOKENIZER_FOLDER if source.is_dir() else f"{TOKENIZER_FOLDER}/{source.name}",
+            "fingerprint": setup.tokenizer.fingerprint,
+        },
+        "data": setup.data_record,
+        "parallel": vars(setup.layout),
+        "backend": setup.backend.name,
+        "config": setup.config.as_dict(),
+        "versions": {name: metadata.version(name) for name in ("torch", "megatron-core")},
+        "files": _collect_sums(aside),
+    }
+    with open(aside / RUN_FILE, "w") as file:
+        json.dump(redact(full), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(aside)
+
+
+def _collect_sums(aside: Path) -> dict[str, dict[str, Any]]:
+    """Sums of all files: the shards' from the processes that wrote them, the few others' taken here."""
+    sums: dict[str, dict[str, Any]] = {}
+    for path in aside.glob(SUMS.format(rank="*")):
+        sums.update(json.loads(path.read_text()))
+        path.unlink()
+    names = [str(path.relative_to(aside)) for path in aside.rglob("*") if path.is_file()]
+    missing = [name for name in names if name.endswith(".distcp") and name not in sums]
+    if missing:
+        raise RuntimeError(f"the writers left no sums of {', '.join(sorted(missing))}")
+    sums.update(describe_files(aside, [name for name in names if name not in sums]))
+    return dict(sorted(sums.items()))
+
+
+def _sync(folder: Path) -> None:
+    """Make renames in a folder last through a crash of the machine."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Take a published checkpoint away; it is whole under its name until it is gone."""
+    aside = checkpoint.with_name(f".removing-{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,230 @@
+"""The doctor on layouts and checkpoints: the real ones pass, and a fault in either is found."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ext.checkpoint_files import describe_files
+from megatron_ext.doctor import equivalence
+from megatron_ext.doctor.checkpoint import check_checkpoints
+from megatron_ext.doctor.text import Painter, render
+from megatron_ext.errors import UserError
+from megatron_ext.runtime.launch import run_on_ranks
+from tests.conftest import Corpus
+from tests.distributed.test_training import config_tree
+
+ROOT = Path(__file__).parents[2]
+
+
+def measure_with_faults(trial: Any) -> Any:
+    """The doctor's own measurement, in ranks whose attention looks ahead under clm and whose gradients are off under mlm."""
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from megatron_ext.doctor import whole_tensors
+    from megatron_ext.model import attention
+
+    mask_type, whole_gradients = attention.mask_type, whole_tensors.whole_gradients
+    run = equivalence._run
+
+    def broken_run(trial: Any, objective: str, *arguments: Any) -> Any:
+        if objective == "clm":
+            attention.mask_type = lambda *_: AttnMaskType.no_mask
+        if objective == "mlm":
+            whole_tensors.whole_gradients = _scaled(whole_gradients)
+        try:
+            return run(trial, objective, *arguments)
+        finally:
+            attention.mask_type, whole_tensors.whole_gradients = mask_type, whole_gradients
+
+    equivalence._run = broken_run
+    return equivalence.measure(trial)
+
+
+def _scaled(whole_gradients: Any) -> Any:
+    """One element of one gradient is off by a ten-thousandth of the largest."""
+
+    def gradients(*arguments: Any) -> dict[str, torch.Tensor]:
+        found = whole_gradients(*arguments)
+        weight = found["decoder.layers.1.mlp.linear_fc2.weight"]
+        weight[3, 5] += 1e-4 * weight.abs().max()
+        return found
+
+    return gradients
+
+
+def test_faults_in_the_ranks_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_faults(function: Any, world_size: int, *arguments: Any, **options: Any) -> list[Any]:
+        return run_on_ranks(measure_with_faults if world_size > 1 else function, world_size, *arguments, **options)
+
+    monkeypatch.setattr(equivalence, "run_on_ranks", with_faults)
+    report = equivalence.check_equivalence("tensor=2", "fp32", True, ("clm", "mlm", "mntp"), steps=2)
+    rows = {(row["objective"], row["step"]): row for row in report.facts["results"]}
+    assert {key: row["ok"] for key, row in rows.items()} == {
+        (objective, step): objective == "mntp" for objective in ("clm", "mlm", "mntp") for step in (1, 2)
+    }
+    assert any("the loss differs" in failure for failure in rows["clm", 1]["failures"])
+    assert rows["mlm", 1]["worst_parameter"] == "decoder.layers.1.mlp.linear_fc2.weight"
+    assert rows["mlm", 1]["worst_gradient_difference"] == pytest.approx(1e-4, rel=0.1)
+    assert "FAIL" in "\n".join(render(report, Painter(coloured=False)))
+
+
+def test_the_tool_compares_bf16_with_float32() -> None:
+    arguments = "--equivalence --layout data=1 --precision bf16 --objective mlm --packing unpacked --json"
+    command = [sys.executable, str(ROOT / "tools/doctor.py"), *arguments.split()]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["world_size"], report["packing"], report["precision"]) == (1, "unpacked", "bf16")
+    (row,) = report["results"]
+    assert row["ok"]
+    assert 1e-4 < row["worst_gradient_difference"] < 1e-1  # bf16 against float32, not a model against itself
+    assert len(row["gradient_differences"]) == 4 * 6 + 3
+
+
+def test_layouts_that_cannot_be_are_refused() -> None:
+    with pytest.raises(UserError, match="virtual_pipeline"):
+        equivalence.check_equivalence("virtual_pipeline=2", "fp32", True, ("mlm",), 1)
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------------
+
+
+def train_all(trees: list[dict[str, Any]]) -> None:
+    from megatron_ext.config import from_dict
+    from megatron_ext.train.trainer import train
+
+    for tree in trees:
+        train(from_dict(tree))
+
+
+@pytest.fixture(scope="module")
+def runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two finished runs: float32, and bf16 with the distributed optimizer and a tied embedding."""
+    folder = tmp_path_factory.mktemp("runs")
+    phases = [{"objective": "clm", "steps": 1}, {"objective": "mlm", "steps": 2, "optimizer_state": "reset"}]
+    short = {"phases": phases, "validation": {"interval": 0}, "optimizer": {"warmup_steps": 1}}
+    other = {"training": {"precision": "bf16"}, "model": {"preset": "nano", "tie_embeddings": True}}
+    trees = [
+        config_tree(corpus, folder / "plain", {}, **short),
+        config_tree(corpus, folder / "other", {"distributed_optimizer": True}, **short, **other),
+    ]
+    run_on_ranks(train_all, 1, trees)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["plain", "other"])
+def test_whole_checkpoints_pass_oldest_first(runs: Path, name: str) -> None:
+    report = check_checkpoints(runs / name)
+    assert report.ok, report.problems
+    assert report.notes == []
+    assert [seen["step"] for seen in report.facts["checkpoints"]] == [1, 2, 3]
+    assert "checkpoint: all good" in render(report, Painter(coloured=False))
+    json.dumps(report.as_dict())
+
+
+@pytest.fixture
+def checkpoint(runs: Path, tmp_path: Path) -> Path:
+    """A checkpoint that a test may break: step 3, two steps after the optimizer was reset."""
+    return Path(shutil.copytree(runs / "plain/checkpoints/step_00000003", tmp_path / "step_00000003"))
+
+
+def change_record(checkpoint: Path, **changes: Any) -> None:
+    """Write other values into run.json."""
+    path = checkpoint / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def record_of(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "run.json").read_text())
+
+
+def first_shard(checkpoint: Path) -> Path:
+    return sorted(checkpoint.glob("*.distcp"))[0]
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    content = bytearray(first_shard(checkpoint).read_bytes())
+    content[len(content) // 2] ^= 1
+    first_shard(checkpoint).write_bytes(content)
+
+
+def rename(checkpoint: Path) -> Path:
+    return checkpoint.rename(checkpoint.with_name("step_00000009"))
+
+
+def shrink_encoder(checkpoint: Path) -> None:
+    encoder = {**record_of(checkpoint)["encoder"], "num_layers": 3, "ffn_hidden_size": 128}
+    change_record(checkpoint, encoder=encoder)
+
+
+BREAKS = {
+    "SHA-256": flip_a_bit,
+    "is missing": lambda checkpoint: first_shard(checkpoint).unlink(),
+    "bytes, ": lambda checkpoint: os.truncate(first_shard(checkpoint), 100),
+    "does not name it": lambda checkpoint: (checkpoint / "extra.bin").touch(),
+    "cannot be read": lambda checkpoint: (checkpoint / ".metadata").write_bytes(b"\x80\x04damaged"),
+    "run.json": lambda checkpoint: (checkpoint / "run.json").write_text("{"),
+    "there is no": lambda checkpoint: (checkpoint / "run.json").unlink(),
+    "the folder's name says 9": rename,
+    "samples is 7": lambda checkpoint: change_record(checkpoint, samples=7),
+    "tokens is 8": lambda checkpoint: change_record(checkpoint, tokens=8),
+    "phase is 0-clm": lambda checkpoint: change_record(checkpoint, phase="0-clm"),
+    "causal is True": lambda checkpoint: change_record(checkpoint, causal=True),
+    "outside the plan of 3 steps": lambda checkpoint: change_record(checkpoint, step=4),
+    "AdamW has counted 2": lambda checkpoint: change_record(checkpoint, step=2),
+    "belongs to no parameter": shrink_encoder,
+    "has the shape": shrink_encoder,
+    "lacks flops": lambda checkpoint: (checkpoint / "run.json").write_text(
+        json.dumps({key: value for key, value in record_of(checkpoint).items() if key != "flops"})
+    ),
+    "parallel.tensor is x": lambda checkpoint: change_record(checkpoint, parallel={"tensor": "x"}),
+    "padded_vocab_size is 641": lambda checkpoint: change_record(checkpoint, padded_vocab_size=641),
+    "the run's had 0000": lambda checkpoint: change_record(
+        checkpoint, tokenizer={**record_of(checkpoint)["tokenizer"], "fingerprint": "0" * 64}
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BREAKS)
+def test_every_break_is_named(checkpoint: Path, message: str) -> None:
+    checkpoint = BREAKS[message](checkpoint) if message.startswith("the folder") else (BREAKS[message](checkpoint), checkpoint)[1]
+    found = check_checkpoints(checkpoint).problems
+    assert any(message in problem for problem in found), found
+    assert all("\n" not in problem for problem in found)
+
+
+def test_values_that_are_not_finite_are_found_behind_right_sums(checkpoint: Path) -> None:
+    """A run that saved NaN: every file is as it was written."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    index = FileSystemReader(checkpoint).read_metadata()
+    keys = ("decoder.layers.2.mlp.linear_fc2.weight", "optimizer.state.exp_avg.output_layer.weight")
+    for key in keys:
+        place = next(info for item, info in index.storage_data.items() if item.fqn == key)
+        path = checkpoint / place.relative_path
+        content = path.read_bytes()
+        part = content[place.offset : place.offset + place.length]
+        value = next(part[at : at + 4] for at in range(len(part) // 2 & ~3, len(part), 4) if any(part[at : at + 4]))
+        nan = torch.tensor(float("nan")).numpy().tobytes()
+        spoiled = part.replace(value, nan, 1)
+        assert len(spoiled) == len(part)
+        path.write_bytes(content[: place.offset] + spoiled + content[place.offset + place.length :])
+    change_record(checkpoint, files=describe_files(checkpoint, list(record_of(checkpoint)["files"])))
+    found = check_checkpoints(checkpoint).problems
+    assert [problem.split()[0] for problem in found] == list(keys)
+    assert all("not finite" in problem for problem in found)
+
+
+def test_other_versions_are_a_note(checkpoint: Path) -> None:
+    change_record(checkpoint, versions={"torch": "1.0", "megatron-core": "0.1"})
+    report = check_checkpoints(checkpoint)
+    assert report.ok
+    assert [note.split()[2] for note in report.notes] == ["torch", "megatron-core"]

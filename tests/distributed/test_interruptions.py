@@ -1,0 +1,263 @@
+"""Signals, steps that are not finite, a rank that hangs, changed configurations: what a run does, with real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from megatron_ext.config import from_dict
+from megatron_ext.runtime.launch import run_on_ranks
+from megatron_ext.train.stopping import EXIT_HANG, EXIT_STOPPED
+from tests.conftest import Corpus
+from tests.distributed.test_training import TOTAL, Run, config_tree, one_rank, refused, run_training  # noqa: F401
+
+ROOT = Path(__file__).resolve().parents[2]
+BAD_SAMPLE = 37
+"""In step 2 (from 0 on) of 16 samples each, in the micro-batch of samples 36 and 37."""
+
+
+def launch(tree: dict[str, Any], folder: Path, ranks: int = 1) -> subprocess.Popen:
+    """The real entry point, under torchrun if there is more than one rank."""
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
+    return subprocess.Popen(
+        [*start, str(ROOT / "pretrain_encoder.py"), "--config", str(path)], env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(process: subprocess.Popen, word: str) -> None:
+    """Read the process's messages up to a line with this word."""
+    for line in process.stderr:
+        if word in line:
+            return
+    raise AssertionError(f"the process ended without saying '{word}'")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_finishes_the_step_and_saves(number: int, corpus: Corpus, one_rank: dict[str, Run], tmp_path: Path) -> None:  # noqa: F811
+    tree = config_tree(corpus, tmp_path / "run", {}, checkpoint={"interval": 0})
+    process = launch(tree, tmp_path)
+    wait_for(process, "step 2/")
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == EXIT_STOPPED, errors
+    (saved,) = (tmp_path / "run/checkpoints").iterdir()
+    assert signal.Signals(number).name in errors
+    assert 2 <= int(saved.name[5:]) < TOTAL
+    run_on_ranks(run_training, 1, [{**tree, "resume": "auto"}])
+    assert Run(tmp_path / "run", []).shard_sums(TOTAL) == one_rank["whole"].shard_sums(TOTAL)
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(corpus: Corpus, tmp_path: Path) -> None:
+    import psutil
+
+    tree = config_tree(corpus, tmp_path / "run", {"tensor": 2})
+    tree["phases"] = [{"objective": "clm", "steps": 100_000}]
+    process = launch(tree, tmp_path, ranks=2)
+    wait_for(process, "step 2/")
+    ranks = [child for child in psutil.Process(process.pid).children() if "pretrain_encoder.py" in " ".join(child.cmdline())]
+    last = max(ranks, key=lambda child: int(child.environ()["RANK"]))
+    last.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert "which was saved: --resume auto continues it" in errors
+    newest = sorted((tmp_path / "run/checkpoints").glob("step_*"))[-1]
+    assert json.loads((newest / "run.json").read_text())["parallel"]["tensor"] == 2
+
+
+def poisoned_training(tree: dict[str, Any], bad_samples: list[int]) -> None:
+    """Train with a loss that is not a number for micro-batches that hold certain samples, as broken hardware might give."""
+    from megatron_ext.data.loader import TrainingLoader
+    from megatron_ext.model.encoder import EncoderModel
+    from megatron_ext.train.trainer import train
+
+    forward, load = EncoderModel.forward, TrainingLoader.load
+    poisoned: set[int] = set()
+
+    def watched_load(self: Any, step: int) -> Any:
+        data = load(self, step)
+        for batch, samples in zip(data.micro_batches, data.samples, strict=True):
+            if set(samples) & set(bad_samples):
+                poisoned.add(hash(batch.input_ids.numpy().tobytes()))
+        return data
+
+    def watched_forward(self: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, batch, *args, **kwargs)
+        is_bad = torch.is_grad_enabled() and hash(batch.input_ids.numpy().tobytes()) in poisoned
+        return output * float("nan") if is_bad else output
+
+    EncoderModel.forward, TrainingLoader.load = watched_forward, watched_load
+    train(from_dict(tree))
+
+
+@pytest.mark.parametrize("parallel", [{}, {"pipeline": 2}], ids=["DP2", "PP2"])
+def test_a_step_that_is_not_finite_is_skipped_by_all_ranks(parallel: dict[str, int], corpus: Corpus, tmp_path: Path) -> None:
+    tree = config_tree(corpus, tmp_path / "run", parallel)
+    run_on_ranks(poisoned_training, 2, tree, [BAD_SAMPLE])
+    (skipped,) = [json.loads(line) for line in (tmp_path / "run/skipped_steps.jsonl").read_text().splitlines()]
+    assert skipped["step"] == BAD_SAMPLE // 16
+    assert skipped["samples"] == [32, 48]
+    (offender,) = skipped["offending_micro_batches"]
+    assert offender["samples"] == [36, 38]
+    assert (offender["objective"], offender["loss"]) == ("clm", "nan")
+    record = json.loads((tmp_path / f"run/checkpoints/step_{TOTAL:08d}/run.json").read_text())
+    assert record["skipped_steps"] == 1
+    assert record["samples"] == TOTAL * 16
+    run = Run(tmp_path / "run", [])
+    assert all(torch.isfinite(tensor).all() for tensor in run.weights(TOTAL).values())
+    assert [step for step, name in run.losses() if name == "loss"] == [1, 2, 4, 5, 6, 7, 8]
+
+
+def test_too_many_steps_that_are_not_finite_end_the_run(corpus: Corpus, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    tree = config_tree(corpus, tmp_path / "run", {}, training={"max_skipped_steps": 1})
+    with pytest.raises(RuntimeError) as caught:
+        run_on_ranks(poisoned_training, 1, tree, [BAD_SAMPLE, BAD_SAMPLE + 16])
+    capfd.readouterr()
+    assert "training.max_skipped_steps 1" in str(caught.value)
+    assert len((tmp_path / "run/skipped_steps.jsonl").read_text().splitlines()) == 2
+
+
+HANGS = """
+import sys, time, os, signal
+from megatron_ext.errors import run_command
+from megatron_ext.model.encoder import EncoderModel
+import pretrain_encoder
+
+forward, calls = EncoderModel.forward, []
+
+def hanging(self, *args, **kwargs):
+    calls.append(0)
+    if os.environ["RANK"] == "1" and len(calls) == 6:
+        {hang}
+    return forward(self, *args, **kwargs)
+
+EncoderModel.forward = hanging
+if __name__ == "__main__":
+    run_command(pretrain_encoder.main)
+"""
+
+
+@pytest.mark.parametrize(
+    "hang, word",
+    [
+        ("time.sleep(600)", "rank 1 holds the others up while running step"),
+        # torchrun waits half a minute for a stopped process before it kills it
+        pytest.param("os.kill(os.getpid(), signal.SIGSTOP)", "rank 1 no longer answers", marks=pytest.mark.slow),
+    ],
+    ids=["sleeping", "stopped"],
+)
+def test_a_rank_that_hangs_is_named(hang: str, word: str, corpus: Corpus, tmp_path: Path) -> None:
+    script = tmp_path / "hangs.py"
+    script.write_text(HANGS.format(hang=hang))
+    tree = config_tree(corpus, tmp_path / "run", {}, training={"timeout_minutes": 0.1})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    store = f"--rdzv-backend=c10d --rdzv-endpoint=localhost:0 --rdzv-id={os.getpid()}".split()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *store, str(script)]
+        + ["--config", str(tmp_path / "config.yaml")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert word in errors
+    assert f"exitcode  : {EXIT_HANG}" in errors
+
+
+@pytest.mark.parametrize(
+    "change, field",
+    [
+        ({"training": {"seed": 5}}, "training.seed was 0 and is 5 (changes data order and masks)"),
+        ({"model": {"preset": "nano", "rotary_base": 7.0}}, "model.rotary_base"),
+        ({"training": {"precision": "bf16"}}, "training.precision"),
+        ({"validation": {"interval": 4, "samples": 16, "mask_ratio": 0.3}}, "validation.mask_ratio"),
+    ],
+)
+def test_changes_are_listed_and_refused_unless_named(
+    change: dict[str, Any],
+    field: str,
+    corpus: Corpus,
+    one_rank: dict[str, Run],  # noqa: F811
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    start = str(one_rank["whole"].checkpoint(4))
+    tree = config_tree(corpus, tmp_path / "run", {}, resume=start, **change)
+    tree["training"]["log_interval"] = 3
+    message = refused(capfd, tree)
+    assert field in message
+    name = field.split()[0]
+    assert f"--resume_changes '[{name}]'" in message
+    run_on_ranks(run_training, 1, [{**tree, "resume_changes": [name]}])
+    assert "training.log_interval was 1 and is 3" in capfd.readouterr().err
+    recorded = json.loads((tmp_path / f"run/checkpoints/step_{TOTAL:08d}/run.json").read_text())["changes"]
+    assert {name, "training.log_interval"} <= {entry["field"] for entry in recorded}
+
+
+def test_all_changes_are_listed_and_shapes_cannot_be_overridden(
+    corpus: Corpus,
+    one_rank: dict[str, Run],  # noqa: F811
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    tree = config_tree(corpus, tmp_path / "run", {}, resume=str(one_rank["whole"].checkpoint(4)), training={"seed": 5})
+    tree["model"] = {"preset": "nano", "num_layers": 3}
+    tree["resume_changes"] = ["training.seed"]
+    assert "model.num_layers" in refused(capfd, tree)
+    tree["resume_changes"] = []
+    assert all(name in refused(capfd, tree) for name in ("model.num_layers", "training.seed"))
+    tree["resume_changes"] = ["training.sed"]
+    assert "resume_changes names 'training.sed'" in refused(capfd, tree)
+
+
+def batch_log(folder: Path) -> dict[int, tuple[Any, ...]]:
+    """sample -> what the log says of it; a sample that was logged twice must be logged alike."""
+    found: dict[int, tuple[Any, ...]] = {}
+    for path in (folder / "batches").glob("*.jsonl"):
+        for line in path.read_text().splitlines():
+            entry = json.loads(line)
+            rest = tuple(value for name, value in entry.items() if name != "sample")
+            assert found.setdefault(entry["sample"], rest) == rest
+    return found
+
+
+def test_data_masks_and_phases_are_the_same_through_changing_layouts_and_half_the_ranks(
+    corpus: Corpus,
+    one_rank: dict[str, Run],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    def stretch(name: str, parallel: dict[str, int], stop: int | None) -> dict[str, Any]:
+        return config_tree(corpus, tmp_path / name, parallel, resume="auto", training={"log_batches": True, "stop_at_step": stop})
+
+    run_on_ranks(run_training, 1, [stretch("alone", {}, None)])
+    two = [stretch("moved", {}, 2), stretch("moved", {"tensor": 2}, 4), stretch("moved", {"pipeline": 2}, 6)]
+    run_on_ranks(run_training, 2, two)
+    run_on_ranks(run_training, 1, [stretch("moved", {}, None)])
+    alone, moved = batch_log(tmp_path / "alone"), batch_log(tmp_path / "moved")
+    assert sorted(alone) == list(range(TOTAL * 16))
+    assert moved == alone
+    assert len({entry[-1] for entry in alone.values()}) == len(alone)  # the sums tell samples apart
+    for key, loss in Run(tmp_path / "moved", []).losses().items():
+        assert loss == pytest.approx(one_rank["whole"].losses()[key], abs=1e-4), key
+
+
+def test_checkpoints_that_are_kept(corpus: Corpus, tmp_path: Path) -> None:
+    keeping = {"interval": 1, "keep_last": 1, "keep_every": 3, "branch_points": [5]}
+    tree = config_tree(corpus, tmp_path / "run", {}, checkpoint=keeping, training={"stop_at_step": 2})
+    branch = config_tree(corpus, tmp_path / "branch", {}, resume=str(tmp_path / "run/checkpoints/step_00000002"))
+    again = {**tree, "resume": "auto", "training": {**tree["training"], "stop_at_step": None}}
+    run_on_ranks(run_training, 1, [tree, branch, again])
+    kept = sorted(int(path.name[5:]) for path in (tmp_path / "run/checkpoints").glob("step_*"))
+    # 2: branched from; 3, 6: keep_every; 4, 8: phase edges; 5: a branch point; 7: the newest besides
+    assert kept == [2, 3, 4, 5, 6, 7, 8]
+    (note,) = (tmp_path / "run/checkpoints/step_00000002/branches").glob("*.json")
+    assert json.loads(note.read_text())["output_dir"] == str(tmp_path / "branch")

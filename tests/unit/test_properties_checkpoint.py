@@ -1,0 +1,114 @@
+"""Properties of a checkpoint's `run.json`: what is whole survives, what was damaged is one line, whatever the damage."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ext.checkpoint_files import read_run_file
+from megatron_ext.errors import UserError
+from tests.unit.properties import TEXTS, examples
+from tests.unit.test_properties_config import ANYTHING, FULL, places
+
+DIGEST = "0123456789abcdef" * 4
+RECORD: dict[str, Any] = {
+    "format": 1,
+    "step": 30,
+    "phase": "0-clm",
+    "causal": True,
+    "samples": 240,
+    "tokens": 15360,
+    "predicted_tokens": 15000,
+    "flops": 1.5e12,
+    "phases": [{"name": "0-clm", "start_step": 0, "end_step": 30}],
+    "comparison_mask_ratio": 0.4,
+    "parent": {"checkpoint": "other/step_00000010", "step": 10, "mlflow_run_id": "abc"},
+    "mlflow_run_id": None,
+    "run_key": "key-1",
+    "encoder": {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "ffn_hidden_size": 160,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "head_dim": 16,
+        "rotary_base": 10000.0,
+        "norm_epsilon": 1e-5,
+        "init_std": 0.02,
+        "tie_embeddings": True,
+        "max_position_embeddings": 128,
+    },
+    "vocab_size": 93,
+    "padded_vocab_size": 128,
+    "tokenizer": {"path": "tokenizer/tokenizer.model", "fingerprint": DIGEST},
+    "data": [{"prefix": "set", "split": "train", "weight": 1.0, "fingerprint": DIGEST}],
+    "parallel": {"tensor": 1},
+    "config": FULL,
+    "versions": {"torch": "2.13.0"},
+    "files": {"__0_0.distcp": {"bytes": 12, "sha256": DIGEST}},
+}
+
+
+def read(folder: Path, content: bytes) -> dict[str, Any] | None:
+    """The record, or None where it was refused in one line that names the file. Anything else fails."""
+    (folder / "run.json").write_bytes(content)
+    try:
+        return read_run_file(folder)
+    except UserError as error:
+        assert str(error).isprintable() and str(folder) in str(error), str(error)
+        return None
+
+
+@examples(60)
+@given(
+    counts=st.tuples(*[st.integers(0, 2**53)] * 3),
+    flops=st.floats(0, 1e300),
+    prefix=TEXTS,
+    extra=st.dictionaries(st.text(st.characters(codec="utf-8"), min_size=30, max_size=40), st.integers() | TEXTS, max_size=2),
+)
+def test_a_record_survives(tmp_path: Path, counts: tuple, flops: float, prefix: str, extra: dict) -> None:
+    record = copy.deepcopy(RECORD)
+    record |= dict(zip(("step", "samples", "tokens"), counts, strict=True), flops=flops) | extra
+    record["data"][0]["prefix"] = prefix
+    for unicode in (True, False):
+        assert read(tmp_path, json.dumps(record, ensure_ascii=unicode).encode()) == record
+
+
+@examples(300)
+@given(data=st.data(), value=ANYTHING, change=st.sampled_from(["replace", "delete", "add"]))
+def test_one_changed_value_is_read_or_named(tmp_path: Path, data: st.DataObject, value: Any, change: str) -> None:
+    record = copy.deepcopy(RECORD)
+    *above, last = data.draw(st.sampled_from(places(record)))
+    target = record
+    for key in above:
+        target = target[key]
+    if change == "delete":
+        del target[last]
+    elif change == "replace" or isinstance(target, list):
+        target[last] = value
+    else:
+        target[data.draw(st.text(max_size=8))] = value
+    read(tmp_path, json.dumps(record).encode())
+
+
+@examples(200)
+@given(
+    cut=st.none() | st.integers(0, 5000),
+    damage=st.lists(st.tuples(st.integers(0, 5000), st.binary(min_size=1, max_size=6)), max_size=3),
+)
+def test_damaged_bytes_are_read_or_named(tmp_path: Path, cut: int | None, damage: list[tuple[int, bytes]]) -> None:
+    content = bytearray(json.dumps(RECORD, indent=1).encode())
+    for place, junk in damage:
+        content[place % len(content) : place % len(content) + len(junk)] = junk
+    read(tmp_path, bytes(content[:cut]))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"null", b"[]", b"{}", b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000, b"\xff\xfe{}", b"\0" * 99]
+)
+def test_what_is_no_record_is_named(tmp_path: Path, content: bytes) -> None:
+    assert read(tmp_path, content) is None
