@@ -28,6 +28,8 @@ GUARDED = {
 """What a difference would change silently, by field. Refused unless `resume_changes` names the field."""
 
 MIXTURE_FIELD = "training.micro_batch_size"
+PRECISION = "training.precision"
+"""Decides, like the shapes, what is stored."""
 SHAPES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "tie_embeddings")
 """Fields of the model that the stored weights decide."""
 
@@ -89,7 +91,7 @@ def find_changes(setup: RunSetup, record: dict[str, Any]) -> list[Change]:
     mixes = any(len(phase.weights) > 1 for phase in setup.plan.phases)
     effects = {**GUARDED, **({MIXTURE_FIELD: "which objective a sample is under"} if mixes else {})}
     plain = [
-        Change(name, before.get(name), now.get(name), effects.get(name, ""))
+        Change(name, before.get(name), now.get(name), effects.get(name, ""), name == PRECISION)
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name) and not UNTOLD.fullmatch(name)
     ]
@@ -156,7 +158,7 @@ def _ratio(setup: RunSetup, record: dict[str, Any]) -> list[Change]:
 
 def _check_names(names: set[str], setup: RunSetup) -> None:
     model = {f"model.{name}" for name in vars(setup.encoder) if name not in SHAPES}
-    known = {*GUARDED, MIXTURE_FIELD, *model, *(f"phases.{phase.index}" for phase in setup.plan.phases)}
+    known = {*(GUARDED.keys() - {PRECISION}), MIXTURE_FIELD, *model, *(f"phases.{phase.index}" for phase in setup.plan.phases)}
     for name in sorted(names - known):
         raise UserError(f"resume_changes names '{name}': allowed are {', '.join(sorted(known))}")
 

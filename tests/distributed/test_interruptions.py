@@ -178,7 +178,6 @@ def test_a_rank_that_hangs_is_named(hang: str, word: str, corpus: Corpus, tmp_pa
     [
         ({"training": {"seed": 5}}, "training.seed was 0 and is 5 (changes data order and masks)"),
         ({"model": {"preset": "nano", "rotary_base": 7.0}}, "model.rotary_base"),
-        ({"training": {"precision": "bf16"}}, "training.precision"),
         ({"validation": {"interval": 4, "samples": 16, "mask_ratio": 0.3}}, "validation.mask_ratio"),
     ],
 )
@@ -209,12 +208,13 @@ def test_all_changes_are_listed_and_shapes_cannot_be_overridden(
     tmp_path: Path,
     capfd: pytest.CaptureFixture,
 ) -> None:
-    tree = config_tree(corpus, tmp_path / "run", {}, resume=str(one_rank["whole"].checkpoint(4)), training={"seed": 5})
+    start = str(one_rank["whole"].checkpoint(4))
+    tree = config_tree(corpus, tmp_path / "run", {}, resume=start, training={"seed": 5, "precision": "bf16"})
     tree["model"] = {"preset": "nano", "num_layers": 3}
     tree["resume_changes"] = ["training.seed"]
     assert "model.num_layers" in refused(capfd, tree)
     tree["resume_changes"] = []
-    assert all(name in refused(capfd, tree) for name in ("model.num_layers", "training.seed"))
+    assert all(name in refused(capfd, tree) for name in ("model.num_layers", "training.seed", "training.precision"))
     tree["resume_changes"] = ["training.sed"]
     assert "resume_changes names 'training.sed'" in refused(capfd, tree)
 
