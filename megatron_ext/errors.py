@@ -51,6 +51,12 @@ class CommandLine(argparse.ArgumentParser):
         return list(self._option_string_actions)
 
 
+def one_line(error: BaseException) -> str:
+    """Somebody else's exception in one short line: its type, and how its message begins."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
 def warn(message: str) -> None:
     """Print one line of warning on stderr, without secrets; a terminal or log file that takes nothing is no reason to stop."""
     with contextlib.suppress(OSError):

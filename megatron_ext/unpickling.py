@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_ext.checkpoint_files import check_links, inside
-from megatron_ext.errors import UserError
+from megatron_ext.errors import UserError, one_line
 
 INDEX_FILE = ".metadata"
 COMMON_FILE = "common.pt"
@@ -128,7 +128,7 @@ def read_metadata(checkpoint: Path) -> Metadata:
     except _ForeignGlobalError as error:
         raise _foreign(checkpoint, INDEX_FILE, str(error)) from None
     except Exception as error:  # a damaged pickle raises anything
-        raise UserError(f"checkpoint {checkpoint}: {INDEX_FILE} cannot be read ({_one_line(error)})") from None
+        raise UserError(f"checkpoint {checkpoint}: {INDEX_FILE} cannot be read ({one_line(error)})") from None
     try:
         return _Index(checkpoint).build(index)
     except _MalformedError as error:
@@ -325,7 +325,7 @@ def _check_backend(checkpoint: Path) -> None:
     try:
         tree = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"sharded_backend": BACKEND}
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"checkpoint {checkpoint}: {BACKEND_FILE} cannot be read ({_one_line(error)})") from None
+        raise UserError(f"checkpoint {checkpoint}: {BACKEND_FILE} cannot be read ({one_line(error)})") from None
     found = tree.get("sharded_backend") if isinstance(tree, dict) else tree
     if found != BACKEND:
         raise UserError(f"checkpoint {checkpoint}: {BACKEND_FILE} names the format {found!r:.40}; this version reads {BACKEND}")
@@ -370,7 +370,7 @@ def _load_plain(load: Callable[..., Any], file: Any, checkpoint: Path, what: str
         reason = str(error).partition("WeightsUnpickler error:")[2].strip().splitlines() or [type(error).__name__]
         raise UserError(f"checkpoint {checkpoint}: {what} is not plain data ({reason[0]:.200})") from None
     except Exception as error:  # a damaged archive raises anything
-        raise UserError(f"checkpoint {checkpoint}: {what} cannot be read ({_one_line(error)})") from None
+        raise UserError(f"checkpoint {checkpoint}: {what} cannot be read ({one_line(error)})") from None
     if not isinstance(value, torch.Tensor) and any(_may_be_pickled(leaf) for leaf in _leaves(value)):
         # Transformer Engine keeps the state of FP8 modules as a pickle in a tensor of bytes, and would unpickle it.
         raise UserError(f"checkpoint {checkpoint}: {what} holds bytes that could be code: FP8 state is not supported")
@@ -399,8 +399,3 @@ def _leaves(tree: Any) -> Iterator[Any]:
 
 def _foreign(checkpoint: Path, where: str, name: str) -> UserError:
     return UserError(f"checkpoint {checkpoint}: {where} holds the global {name}, which a checkpoint never needs: it was not loaded")
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

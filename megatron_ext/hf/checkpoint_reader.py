@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_ext.checkpoint_files import inside, read_run_file
-from megatron_ext.errors import UserError
+from megatron_ext.errors import UserError, one_line
 from megatron_ext.model.presets import EncoderConfig
 from megatron_ext.unpickling import refuse_foreign_code
 
@@ -82,7 +82,7 @@ class CheckpointReader:
         except CheckpointException as error:
             # Not an `Exception`; it carries, per rank, whatever the reader met: missing files, short reads, damaged archives.
             cause = next(iter(error.failures.values()))[0]
-            raise UserError(f"checkpoint {self.directory}: tensor {key} cannot be read ({_one_line(cause)})") from error
+            raise UserError(f"checkpoint {self.directory}: tensor {key} cannot be read ({one_line(cause)})") from error
         return state[key]
 
     def _tensors(self, of_optimizer: bool) -> dict[str, TensorInfo]:
@@ -117,8 +117,3 @@ def _read_record(directory: Path) -> RunRecord:
         tokenizer_fingerprint=tree["tokenizer"]["fingerprint"],
         tree=tree,
     )
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

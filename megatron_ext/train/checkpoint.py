@@ -13,7 +13,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_ext.errors import UserError
+from megatron_ext.errors import UserError, one_line
 from megatron_ext.train.optimizer_state import adapt_loaded_state, redirect_master_weights
 from megatron_ext.unpickling import only_plain_data, refuse_foreign_code
 
@@ -48,10 +48,6 @@ def _by_chunk(state: dict[str, Any]) -> dict[str, Any]:
     return {name: part for name, part in state.items() if name.startswith("model")}
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
-
-
 def load_checkpoint(checkpoint: Path, chunks: Sequence[torch.nn.Module], optimizer: Any | None) -> None:
     """Fill the model, and the optimizer if there is one, from a checkpoint saved at any layout.
 
@@ -75,7 +71,7 @@ def load_checkpoint(checkpoint: Path, chunks: Sequence[torch.nn.Module], optimiz
         cause = next(iter(error.failures.values()))[0]
         if isinstance(cause, UserError):
             raise cause from None
-        raise UserError(f"checkpoint {checkpoint} cannot be read ({type(cause).__name__}: {_first_line(cause)})") from error
+        raise UserError(f"checkpoint {checkpoint} cannot be read ({one_line(cause)})") from error
     for number, chunk in enumerate(chunks):
         chunk.load_state_dict(state["model" if len(chunks) == 1 else f"model{number}"])
     if optimizer is not None:

@@ -106,7 +106,8 @@ def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl` that stand, in the order of their steps.
 
     A run that was killed at step 17 and continued from 10 has written steps 11 to 17 twice. Its first line after that says
-    `resumed_from: 10`; the lines of later steps before it are of an attempt that was given up, and are left out.
+    `resumed_from: 10`; the lines of later steps before it are of an attempt that was given up, and are left out. A line may also
+    come late: how long a save in the background took is known, and written, some steps after the one that it saved.
 
     Returns:
         Dictionaries with `step`, `phase`, `time` and metrics; a step's training and validation metrics are lines of their own.
@@ -122,11 +123,11 @@ def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(whole.splitlines(), start=1):
         try:
             line = json.loads(text)
-            step = line["step"]
-        except (ValueError, KeyError, TypeError):
+            line["step"] = int(line["step"])
+            start = int(line.pop("resumed_from", -1))
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path}: line {number} is damaged: '{text[:60]}'") from None
-        resumed_from = line.pop("resumed_from", step)
-        while lines and lines[-1]["step"] > resumed_from:
-            lines.pop()
+        if start >= 0:
+            lines = [earlier for earlier in lines if earlier["step"] <= start]
         lines.append(line)
-    return lines
+    return sorted(lines, key=lambda line: line["step"])

@@ -65,7 +65,7 @@ def gradient_norm(optimizer: Any) -> float:
 def update(optimizer: Any, norm: float) -> None:
     """Clip the gradients, whose norm this is, and take the step. Together with `gradient_norm` this is megatron's own step,
     cut in two so that a step with a norm that is not finite can be left out."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _parts(optimizer):
         parameters = part.get_parameters()
         if parameters and part.config.clip_grad > 0:
             clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
@@ -81,10 +81,15 @@ def set_learning_rate(optimizer: Any, config: OptimizerConfig, rate: float) -> N
 
 def reset_optimizer_state(optimizer: Any) -> None:
     """Forget the moments and the step count, as at the start of training; master weights stay."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _parts(optimizer):
         for state in part.optimizer.state.values():
             state["exp_avg"].zero_()
             state["exp_avg_sq"].zero_()
         for group in part.optimizer.param_groups:
             if "step" in group:
                 group["step"] = 0 * group["step"]
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    """The optimizers that megatron has chained, or the only one."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])

@@ -1,6 +1,5 @@
 """Everything that can be wrong with a run is found here, before any process group or model exists."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from megatron_ext.data.corpus import read_dataset_info
 from megatron_ext.data.dataset import Blend, dataset_fingerprint, open_blend
 from megatron_ext.data.loader import check_ids
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_ext.errors import UserError
+from megatron_ext.errors import UserError, warn
 from megatron_ext.model.encoder import padded_vocab_size
 from megatron_ext.model.presets import EncoderConfig, build_encoder_config
 from megatron_ext.objective import OBJECTIVES, PhasePlan, Vocabulary
@@ -186,8 +185,7 @@ def _warn_of_repetitions(config: RunConfig, data: Blend) -> None:
     """A validation set that is smaller than asked for weighs some of its samples more; it is still fixed, so this is no error."""
     samples = config.validation.samples
     if (repeated := data.repeated(samples)) and rank_from_environment() == 0:
-        print(
-            f"warning: validation.samples is {samples}, but the validation data gives only {samples - repeated} different samples "
-            f"of {config.data.sequence_length} tokens: {repeated} are measured again",
-            file=sys.stderr,
+        warn(
+            f"validation.samples is {samples}, but the validation data gives only {samples - repeated} different samples "
+            f"of {config.data.sequence_length} tokens: {repeated} are measured again"
         )

@@ -3,11 +3,11 @@
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 from megatron_ext.checkpoint_files import complete_checkpoints, step_of
 from megatron_ext.config import CheckpointConfig, RunConfig
+from megatron_ext.errors import warn
 from megatron_ext.objective import PhasePlan
 from megatron_ext.train.saving import remove_checkpoint
 
@@ -20,13 +20,13 @@ DAMAGED = "damaged-"
 
 def is_saved(config: CheckpointConfig, plan: PhasePlan, step: int) -> bool:
     """Whether the run saves after `step` completed steps: at its interval, and wherever a checkpoint is kept for ever."""
-    return _is_due(step, config.interval) or is_kept(config, plan, step)
+    return is_due(step, config.interval) or is_kept(config, plan, step)
 
 
 def is_kept(config: CheckpointConfig, plan: PhasePlan, step: int) -> bool:
     """Whether the checkpoint after `step` steps is kept for ever: phase edges, `keep_every` and `branch_points`."""
     edges = {phase.end_step for phase in plan.phases}
-    return step in edges or step in config.branch_points or _is_due(step, config.keep_every)
+    return step in edges or step in config.branch_points or is_due(step, config.keep_every)
 
 
 def remove_old_checkpoints(folder: Path, config: CheckpointConfig, plan: PhasePlan) -> None:
@@ -48,10 +48,7 @@ def note_branch(checkpoint: Path, config: RunConfig) -> None:
         aside.write_text(json.dumps(note))
         aside.rename(folder / f"{name}.json")
     except OSError as error:
-        print(
-            f"warning: {checkpoint} cannot be marked as a branch point ({error.strerror}): its own run may remove it",
-            file=sys.stderr,
-        )
+        warn(f"{checkpoint} cannot be marked as a branch point ({error.strerror}): its own run may remove it")
 
 
 def _branches(checkpoint: Path) -> list[Path]:
@@ -76,5 +73,6 @@ def set_aside(checkpoint: Path) -> Path:
     return target
 
 
-def _is_due(step: int, interval: int) -> bool:
+def is_due(step: int, interval: int) -> bool:
+    """Whether something that is done every `interval` steps, 0 for never, is done after `step` completed steps."""
     return interval > 0 and step % interval == 0

@@ -24,7 +24,6 @@ class Saves:
     trackers: Trackers
     failures: int = 0
     """Saves in a row that failed."""
-    last_phase: str = ""
 
     def is_due(self, step: int) -> bool:
         """Whether to save after `step` completed steps."""
@@ -35,19 +34,17 @@ class Saves:
         """This rank's writer is at work."""
         return self.saver.is_writing
 
-    def save(self, record: dict[str, Any], phase: str, is_last: bool) -> None:
+    def save(self, record: dict[str, Any], is_last: bool) -> None:
         """Save, in the background unless it is the run's last checkpoint.
 
         Args:
             record: what `run.json` says of the progress.
-            phase: name of the phase, for the metrics.
             is_last: the run ends after it: it must not fail.
 
         Raises:
             UserError: the last save failed, or too many in a row.
         """
         self.finish()
-        self.last_phase = phase
         outcome = self.saver.start(record)
         if outcome is not None:
             self._take(outcome, is_last)
@@ -76,12 +73,12 @@ class Saves:
         if outcome.problem is None:
             self.failures = 0
             times = {"checkpoint/seconds": outcome.seconds, "checkpoint/stalled_seconds": outcome.stalled}
-            self.trackers.log(outcome.step, times, self.last_phase)
+            self.trackers.log(outcome.step, times, outcome.phase)
             if torch.distributed.get_rank() == 0:
                 remove_old_checkpoints(self.folder, self.setup.config.checkpoint, self.setup.plan)
             return
         self.failures += 1
-        self.trackers.log(outcome.step, {"checkpoint/failures": self.failures}, self.last_phase)
+        self.trackers.log(outcome.step, {"checkpoint/failures": self.failures}, outcome.phase)
         existing = complete_checkpoints(self.folder)
         newest = f"the newest checkpoint is {existing[-1]}" if existing else "there is no checkpoint yet"
         word = f"the checkpoint after step {outcome.step} could not be saved ({outcome.problem}): {newest}"

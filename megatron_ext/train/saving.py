@@ -67,6 +67,7 @@ class Outcome:
     """How a save ended; the same on all ranks."""
 
     step: int
+    phase: str
     problem: str | None
     """What went wrong; None if the checkpoint was published."""
     seconds: float
@@ -108,7 +109,7 @@ class CheckpointSaver:
         """Begin to save; the one before must be finished.
 
         Args:
-            record: what `run.json` says of the run's progress; must hold `step`.
+            record: what `run.json` says of the run's progress; must hold `step` and `phase`.
 
         Returns:
             None, or how it failed already.
@@ -129,7 +130,7 @@ class CheckpointSaver:
             caller = TemporalAsyncCaller()
             problem = self._first_problem(lambda: _check_common_state(aside), lambda: _launch(caller, request, aside))
             self._save = _Save(final, aside, record, strategy, caller, started, time.perf_counter() - started)
-        return self._fail(problem, record["step"], started) if problem else None
+        return self._fail(problem, record, started) if problem else None
 
     def finish(self, timeout: float) -> Outcome:
         """Wait for the writers of all ranks and publish; a writer that takes longer than `timeout` seconds is killed."""
@@ -144,10 +145,10 @@ class CheckpointSaver:
         if problem is None:
             problem = self._first_problem(lambda: self._publish(save, results) if _is_first() else None)
         if problem is not None:
-            return self._fail(problem, save.record["step"], save.started)
+            return self._fail(problem, save.record, save.started)
         self._save = None
         now = time.perf_counter()
-        return Outcome(save.record["step"], None, now - save.started, save.stalled + now - waited)
+        return Outcome(save.record["step"], save.record["phase"], None, now - save.started, save.stalled + now - waited)
 
     def abandon(self) -> None:
         """Kill this rank's writer: the run ends with an error. Rank 0 may leave a directory that the next run removes."""
@@ -173,7 +174,7 @@ class CheckpointSaver:
             message = f"{error}"
         return next(iter(self._agreement.messages(message)), None)
 
-    def _fail(self, problem: str, step: int, started: float) -> Outcome:
+    def _fail(self, problem: str, record: dict[str, Any], started: float) -> Outcome:
         if self._save is not None:
             if not _has_ended(self._save.caller):
                 self._save.caller.close(abort=True)
@@ -183,7 +184,7 @@ class CheckpointSaver:
                 shutil.rmtree(self._save.aside, ignore_errors=True)
             self._save = None
         seconds = time.perf_counter() - started
-        return Outcome(step, problem, seconds, seconds)
+        return Outcome(record["step"], record["phase"], problem, seconds, seconds)
 
     def _publish(self, save: _Save, results: list[Any]) -> None:
         aside = save.aside

@@ -36,7 +36,7 @@ from megatron_ext.train.optimizer import (
 from megatron_ext.train.preflight import RunSetup, prepare
 from megatron_ext.train.progress import progress_record
 from megatron_ext.train.resume import check_resume, checkpoint_folder, choose_checkpoint, is_same_run
-from megatron_ext.train.retention import note_branch
+from megatron_ext.train.retention import is_due, note_branch
 from megatron_ext.train.saves import Saves
 from megatron_ext.train.saving import CheckpointSaver
 from megatron_ext.train.skipped import SkippedSteps
@@ -213,13 +213,13 @@ class Trainer:
             self.step = data.step + 1
             ends = self.is_stopping or self.step == last
             saves = ends or self.saves.is_due(self.step)
-            if saves or _is_due(self.step, config.training.log_interval):
+            if saves or is_due(self.step, config.training.log_interval):
                 self._read(window, window_steps, {"learning_rate": rate, "gradient_norm": norm})
                 window, window_steps = Sums(self.setup.backend.device), 0
-            if self.step in (phase.end_step, last) or (_is_due(self.step, config.validation.interval) and not self.is_stopping):
+            if self.step in (phase.end_step, last) or (is_due(self.step, config.validation.interval) and not self.is_stopping):
                 self._validate()
             if saves:
-                self._save(phase.name, ends)
+                self._save(ends)
             if ends:
                 return
             self.watchdog.mark(f"waiting for the data of step {self.step + 1}")
@@ -282,7 +282,7 @@ class Trainer:
             losses = validate(self.setup, self.chunks, phase, self.step - 1, self.data_rank, mark)
         self.trackers.log(self.step, losses, phase.name)
 
-    def _save(self, phase: str, is_last: bool) -> None:
+    def _save(self, is_last: bool) -> None:
         self.watchdog.mark(f"saving after step {self.step}")
         record = {
             **progress_record(self.setup, self.step),
@@ -293,16 +293,12 @@ class Trainer:
             **self.trackers.identity(),
         }
         with self.speed.pause():
-            self.saves.save(record, phase, is_last)
+            self.saves.save(record, is_last)
 
     def _tell_stopped(self) -> None:
         if rank_from_environment() == 0:
             name = self.stop.signal_name or "a signal to another rank"
             print(f"stopped by {name} after step {self.step}, which was saved: --resume auto continues it", file=sys.stderr)
-
-
-def _is_due(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0
 
 
 def _batch_log(setup: RunSetup, rank: int) -> BatchLog | None:

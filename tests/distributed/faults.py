@@ -39,7 +39,7 @@ def small_tree(corpus: Corpus, output_dir: Path, steps: int, interval: int, **ch
     return tree | {"checkpoint": {"interval": interval}, **changes}
 
 
-class Run:
+class Job:
     """A run of the real entry point in processes of its own, all of which can be found again whoever their parent is."""
 
     def __init__(self, tree: dict[str, Any], folder: Path, *launcher: str):
@@ -63,7 +63,7 @@ class Run:
                 stderr=log,
             )
 
-    def __enter__(self) -> "Run":
+    def __enter__(self) -> "Job":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -128,7 +128,7 @@ class Run:
         return max((line["step"] for line in self.metrics() if "loss" in line), default=0)
 
 
-def error_of(run: Run) -> str:
+def error_of(run: Job) -> str:
     """The one line of an error, of a run that ended with exit code 2 and no traceback."""
     assert run.wait() == 2, run.text[-3000:]
     assert "Traceback" not in run.text, run.text[-3000:]
@@ -136,12 +136,12 @@ def error_of(run: Run) -> str:
     return line
 
 
-def warnings_of(run: Run) -> list[str]:
+def warnings_of(run: Job) -> list[str]:
     """Its lines of warning."""
     return [line for line in run.text.splitlines() if line.startswith("warning: ")]
 
 
-def finished(run: Run) -> Run:
+def finished(run: Job) -> Job:
     """The run, which must end well and without a word of error."""
     assert run.wait() == 0, run.text[-3000:]
     assert "Traceback" not in run.text, run.text[-3000:]
@@ -186,7 +186,7 @@ class SmallDisk:
     def __init__(self, folder: Path, is_file_system: bool):
         self.folder, self.is_file_system = folder, is_file_system
 
-    def fill(self, run: Run, room: int) -> None:
+    def fill(self, run: Job, room: int) -> None:
         """Leave `room` bytes: with a file, or by a limit on the size of what the run writes."""
         if not self.is_file_system:
             resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
@@ -195,7 +195,7 @@ class SmallDisk:
         with open(self.folder / "ballast", "wb") as file:
             os.posix_fallocate(file.fileno(), 0, max(1, free.f_bavail * free.f_frsize - room))
 
-    def make_room(self, run: Run) -> None:
+    def make_room(self, run: Job) -> None:
         """Undo it."""
         if self.is_file_system:
             (self.folder / "ballast").unlink()

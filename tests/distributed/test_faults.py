@@ -10,7 +10,7 @@ import pytest
 from megatron_ext.checkpoint_files import checkpoint_name
 from tests.conftest import Corpus
 from tests.distributed.faults import (
-    Run,
+    Job,
     assert_whole,
     error_of,
     finished,
@@ -32,7 +32,7 @@ KILLS = 3
 def undisturbed(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of a run on one process that saved after every step."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    with Run(small_tree(corpus, folder / "run", STEPS, 1), folder) as run:
+    with Job(small_tree(corpus, folder / "run", STEPS, 1), folder) as run:
         finished(run)
     assert len(published(folder / "run")) == STEPS
     return folder / "run"
@@ -45,12 +45,12 @@ def final(output_dir: Path) -> dict[str, str]:
 def test_torchrun_goes_on_by_itself_when_a_rank_is_killed(corpus: Corpus, tmp_path: Path) -> None:
     steps, interval = 40, 8
     trees = [small_tree(corpus, tmp_path / name, steps, interval, resume="auto") for name in ("undisturbed", "killed")]
-    with Run(trees[1], tmp_path, *TORCHRUN) as killed:
+    with Job(trees[1], tmp_path, *TORCHRUN) as killed:
         killed.wait_until(
             lambda: published(tmp_path / "killed") and killed.last_step() % interval, "a step after a checkpoint was published"
         )
         killed.worker(1).kill()
-        with Run(trees[0], tmp_path, *TORCHRUN) as undisturbed:
+        with Job(trees[0], tmp_path, *TORCHRUN) as undisturbed:
             finished(undisturbed)
         assert killed.wait() == 0, killed.text[-3000:]
         killed.wait_until_gone()
@@ -68,7 +68,7 @@ def test_sigkill_while_saving_leaves_only_whole_checkpoints(corpus: Corpus, undi
     found = []
     for kill in range(KILLS):
         before = len(published(tmp_path / "run"))
-        with Run(tree, tmp_path) as run:
+        with Job(tree, tmp_path) as run:
             run.wait_until(lambda n=before: len(published(tmp_path / "run")) > n, "a checkpoint was published")
             run.wait_until(lambda: list((tmp_path / "run/checkpoints").glob(".writing-*")), "a save was under way")
             time.sleep(delays.uniform(0, 0.1) if kill else 0)  # the moment is what is tested
@@ -80,7 +80,7 @@ def test_sigkill_while_saving_leaves_only_whole_checkpoints(corpus: Corpus, undi
             assert_whole(checkpoint)
             assert shard_sums(checkpoint) == shard_sums(undisturbed / "checkpoints" / checkpoint.name)
     assert [name for name in found if name.startswith(".writing-")], "no kill hit a save"
-    with Run(tree, tmp_path) as run:
+    with Job(tree, tmp_path) as run:
         finished(run)
         run.wait_until_gone()
     assert final(tmp_path / "run") == final(undisturbed)
@@ -112,7 +112,7 @@ def test_resume_auto_goes_back_to_the_newest_sound_checkpoint(corpus: Corpus, un
     damages = {"truncated": 12, "a flipped bit": 11, "missing": 10}
     folder = copy_of(undisturbed, tmp_path / "run", range(9, 13))
     names = {step: damage(folder / "checkpoints" / checkpoint_name(step), how) for how, step in damages.items()}
-    with Run(small_tree(corpus, folder, STEPS, 1, resume="auto"), tmp_path) as run:
+    with Job(small_tree(corpus, folder, STEPS, 1, resume="auto"), tmp_path) as run:
         finished(run)
         assert run.metrics()[0]["step"] == 10
     lines = warnings_of(run)
@@ -129,13 +129,13 @@ def test_damage_that_leaves_nothing_to_go_on_from_ends_the_run(corpus: Corpus, u
     every = copy_of(undisturbed, tmp_path / "every", range(1, 3))
     names = [damage(path, how) for path, how in zip(published(every), ("truncated", "missing"), strict=True)]
     named_tree = small_tree(corpus, tmp_path / "named", STEPS, 1, resume=str(named))
-    with Run(named_tree, tmp_path) as one, Run(small_tree(corpus, every, STEPS, 1, resume="auto"), tmp_path) as all_of_them:
+    with Job(named_tree, tmp_path) as one, Job(small_tree(corpus, every, STEPS, 1, resume="auto"), tmp_path) as all_of_them:
         assert name in error_of(one) and str(named) in error_of(one)
         line = error_of(all_of_them)
     assert "every checkpoint" in line and names[0] in line
     assert [path.name for path in published(tmp_path / "named")] == [checkpoint_name(1), checkpoint_name(2)]
     # torchrun starts a run that failed again: the second attempt finds no step_* folder, and still must not start anew.
-    with Run(small_tree(corpus, every, STEPS, 1, resume="auto"), tmp_path) as again:
+    with Job(small_tree(corpus, every, STEPS, 1, resume="auto"), tmp_path) as again:
         assert "damaged-" in error_of(again)
     assert published(every) == [] and not (every / "metrics.jsonl").exists()
     assert len(leftovers(every)) == 2
@@ -152,7 +152,7 @@ def test_training_goes_on_while_the_disk_is_full_and_the_last_save_must_not_fail
     with small_disk(how, tmp_path / "disk", 5 * size // 2) as disk:
         tree = small_tree(corpus, disk.folder / "run", STEPS, 2)
         tree["checkpoint"]["max_failures"] = STEPS
-        with Run(tree, tmp_path) as run:
+        with Job(tree, tmp_path) as run:
             if not disk.is_file_system:
                 run.wait_until(lambda: published(disk.folder / "run"), "the first checkpoint")
                 disk.fill(run, size // 4)
@@ -174,7 +174,7 @@ def test_saves_succeed_again_when_there_is_room_again(corpus: Corpus, undisturbe
     with small_disk(how, tmp_path / "disk", (STEPS + 2) * size) as disk:
         tree = small_tree(corpus, disk.folder / "run", STEPS, 1)
         tree["checkpoint"]["max_failures"] = STEPS
-        with Run(tree, tmp_path) as run:
+        with Job(tree, tmp_path) as run:
             run.wait_until(lambda: published(disk.folder / "run"), "the first checkpoint")
             disk.fill(run, size // 4)
             run.wait_until(lambda: "training goes on" in run.text, "a failed save")
@@ -198,7 +198,7 @@ def test_a_save_stalls_training_for_a_fraction_of_its_time(corpus: Corpus, tmp_p
     tree["model"] = {"preset": "tiny", "num_layers": 2, "hidden_size": 768, "ffn_hidden_size": 3072}
     tree["training"] |= {"micro_batch_size": 1, "global_batch_size": 1}
     tree["checkpoint"]["branch_points"] = [saved]
-    with Run(tree, tmp_path) as run:  # it is killed once the figures are there
+    with Job(tree, tmp_path) as run:  # it is killed once the figures are there
         times = run.wait_until(lambda: [line for line in run.metrics() if "checkpoint/seconds" in line], "the save")[0]
         steps = run.last_step() - saved
     assert times["step"] == saved

@@ -1,9 +1,6 @@
 """What MLflow is told: one run per training run, whatever interrupts it, with its true status. Read back by MLflow's client."""
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +9,10 @@ import yaml
 from mlflow.tracking import MlflowClient
 
 from megatron_ext.runtime.launch import run_on_ranks
+from megatron_ext.train.stopping import EXIT_STOPPED
 from tests.conftest import Corpus
+from tests.distributed.faults import Job
 from tests.distributed.test_training import EDGE, TOTAL, config_tree, run_training
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def runs(folder: Path) -> tuple[MlflowClient, list[Any]]:
@@ -58,23 +55,11 @@ def test_metrics_parameters_phase_and_configuration_are_there(stopped_and_contin
     assert stored["phases"][1]["objective"] == "mlm"
 
 
-def run_process(tree: dict[str, Any], tmp_path: Path) -> subprocess.Popen:
-    """The real entry point in a process of its own."""
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    command = [sys.executable, str(ROOT / "pretrain_encoder.py"), "--config", str(path)]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-
-
 def test_a_killed_run_says_so(corpus: Corpus, tmp_path: Path) -> None:
     tree = config_tree(corpus, tmp_path / "run", {}, tracking={"mlflow": True})
     tree["phases"] = [{"objective": "clm", "steps": 100_000}]
-    process = run_process(tree, tmp_path)
-    for line in process.stderr:
-        if line.startswith("step ") and (tmp_path / "run/mlflow_spool.ack.json").is_file():  # MLflow's part is under way
-            process.send_signal(signal.SIGTERM)
-            break
-    process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM
+    with Job(tree, tmp_path) as job:
+        job.wait_until((tmp_path / "run/mlflow_spool.ack.json").is_file, "MLflow had taken something")
+        job.process.send_signal(signal.SIGTERM)
+        assert job.wait() == EXIT_STOPPED, job.text
     assert [run.info.status for run in runs(tmp_path / "run")[1]] == ["KILLED"]

@@ -280,7 +280,7 @@ def test_other_data_or_a_damaged_checkpoint_are_refused(
     assert Run(tmp_path / "same", []).shard_sums(TOTAL) == one_rank["whole"].shard_sums(TOTAL)
     with open(f"{moved.prefix}.bin", "r+b") as file:
         file.write(b"\x21\x00")
-    assert "data sets" in refused(capfd, config_tree(moved, tmp_path / "other", {}, resume=start))
+    assert "data.train was data set" in refused(capfd, config_tree(moved, tmp_path / "other", {}, resume=start))
     damaged = tmp_path / "damaged"
     shutil.copytree(start, damaged)
     shard = sorted(damaged.glob("*.distcp"))[0]

@@ -105,6 +105,23 @@ def test_metrics_tell_one_story_of_a_run_that_was_resumed(tmp_path: Path) -> Non
     assert all(set(line) <= {"step", "phase", "time", "loss", "validation_mlm_loss"} for line in lines)
 
 
+def test_a_line_that_comes_late_takes_nothing_away(tmp_path: Path) -> None:
+    """The time of a save in the background is written after later steps."""
+    first = JsonlTracker(tmp_path, 0)
+    for step in range(1, 9):
+        first.log(step, {"loss": 1.0}, "0-clm")
+    first.log(4, {"checkpoint/seconds": 0.5}, "0-clm")
+    first.finish("KILLED")
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 4, 5, 6, 7, 8]
+    write_attempt(tmp_path, 4, range(5, 7), 2.0)
+    assert [(line["step"], line.get("loss")) for line in read_metrics(tmp_path)] == [
+        *((step, 1.0) for step in range(1, 5)),
+        (4, None),
+        (5, 2.0),
+        (6, 2.0),
+    ]
+
+
 def test_metrics_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such file"):
         read_metrics(tmp_path)

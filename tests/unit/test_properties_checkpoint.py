@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from megatron_ext.checkpoint_files import read_run_file
 from megatron_ext.errors import UserError
-from tests.unit.properties import TEXTS, examples
-from tests.unit.test_properties_config import ANYTHING, FULL, places
+from tests.unit.properties import TEXTS, changed, examples
+from tests.unit.test_properties_config import ANYTHING, FULL
 
 DIGEST = "0123456789abcdef" * 4
 RECORD: dict[str, Any] = {
@@ -81,17 +81,7 @@ def test_a_record_survives(tmp_path: Path, counts: tuple, flops: float, prefix: 
 @examples(300)
 @given(data=st.data(), value=ANYTHING, change=st.sampled_from(["replace", "delete", "add"]))
 def test_one_changed_value_is_read_or_named(tmp_path: Path, data: st.DataObject, value: Any, change: str) -> None:
-    record = copy.deepcopy(RECORD)
-    *above, last = data.draw(st.sampled_from(places(record)))
-    target = record
-    for key in above:
-        target = target[key]
-    if change == "delete":
-        del target[last]
-    elif change == "replace" or isinstance(target, list):
-        target[last] = value
-    else:
-        target[data.draw(st.text(max_size=8))] = value
+    record = changed(RECORD, data, value, change)
     read(tmp_path, json.dumps(record).encode())
 
 

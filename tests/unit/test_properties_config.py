@@ -1,6 +1,5 @@
 """Properties of the configuration loader: what is valid survives every round trip, what is not is one line, whatever it is."""
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from megatron_ext.config import RunConfig, from_dict, load_config
 from megatron_ext.errors import UserError
 from megatron_ext.objective import PhasePlan
 from megatron_ext.train.show import config_as_yaml
-from tests.unit.properties import TEXTS, examples
+from tests.unit.properties import TEXTS, changed, examples
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12)
 COUNTS = st.integers(1, 10**12)
@@ -122,25 +121,10 @@ def test_a_valid_configuration_survives_every_round_trip(tmp_path: Path, tree: d
     assert config.training.seed == tree.get("training", {}).get("seed", 0)
 
 
-def places(tree: Any, place: tuple = ()) -> list[tuple]:
-    inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    return [place] * bool(place) + [below for key, value in inner for below in places(value, (*place, key))]
-
-
 @examples(300)
 @given(st.data(), ANYTHING, st.sampled_from(["replace", "delete", "add"]))
 def test_one_changed_value_loads_or_is_named(data: st.DataObject, value: Any, change: str) -> None:
-    tree = copy.deepcopy(FULL)
-    *above, last = data.draw(st.sampled_from(places(tree)))
-    target = tree
-    for key in above:
-        target = target[key]
-    if change == "delete":
-        del target[last]
-    elif change == "replace" or isinstance(target, list):
-        target[last] = value
-    else:
-        target[data.draw(st.text(max_size=8))] = value
+    tree = changed(FULL, data, value, change)
     config = outcome(lambda: from_dict(tree))
     if config is not None:
         assert PhasePlan.from_config(config).total_steps > 0
