@@ -13,7 +13,7 @@ from megatron_ext.config import RunConfig
 from megatron_ext.errors import warn
 from megatron_ext.secrets import has_user_info, redact
 from megatron_ext.train.mlflow_delivery import Delivery, reason_of
-from megatron_ext.train.spool import SECONDS_FOR_LOCK, Spool
+from megatron_ext.train.spool import Spool
 from megatron_ext.tree import flatten
 
 Status = Literal["FINISHED", "FAILED", "KILLED", "SCHEDULED"]
@@ -50,14 +50,11 @@ class MlflowTracker:
         Args:
             config: the run's configuration.
             record: `run.json` of the checkpoint that the run continues from.
-
-        Raises:
-            UserError: another process holds the output folder's spool.
         """
         record = record or {"step": 0, "mlflow_run_id": None, "run_key": None, "parent": None}
         self._output_dir = Path(config.output_dir)
         self._uri = config.tracking.uri
-        self._spool = Spool(self._output_dir, SECONDS_FOR_LOCK)
+        self._spool = Spool(self._output_dir)
         self._delivery = Delivery(self._spool, self._uri, self._output_dir)
         self._first_id = record["mlflow_run_id"]
         self.run_key: str = self._start(config, record)
@@ -133,11 +130,8 @@ class MlflowTracker:
         return last[0]["run_key"] if is_same else None
 
     def _work(self) -> None:
-        try:
-            while not self._given_up.is_set() and self._step():
-                pass
-        finally:
-            self._spool.release()
+        while not self._given_up.is_set() and self._step():
+            pass
 
     def _step(self) -> bool:
         """Deliver a batch or wait for one; False at the end."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_ext.errors import UserError
 from megatron_ext.secrets import is_redacted, without_user_info
+from megatron_ext.train.folder_lock import FolderLock
 from megatron_ext.train.mlflow_delivery import Delivery, reason_of
 from megatron_ext.train.mlflow_tracker import ATTEMPTS_TO_FINISH, pause_after
 from megatron_ext.train.spool import SPOOL_FILE, Spool
@@ -46,8 +47,9 @@ def replay(output_dir: Path, uri: str | None = None) -> ReplayResult:
     """
     if not (output_dir / SPOOL_FILE).is_file():
         raise UserError(f"{output_dir / SPOOL_FILE}: there is no such file; the output_dir of a run with tracking.mlflow is wanted")
-    spool = Spool(output_dir)
+    lock = FolderLock(output_dir)
     try:
+        spool = Spool(output_dir)
         starts = spool.starts()
         if not starts:
             raise UserError(f"{spool.path} holds no run")
@@ -63,7 +65,7 @@ def replay(output_dir: Path, uri: str | None = None) -> ReplayResult:
             error=error,
         )
     finally:
-        spool.release()
+        lock.release()
 
 
 def _end_run(spool: Spool, last_start: int) -> None:

@@ -13,7 +13,6 @@ The records after a `start` belong to its run, so one spool may hold several run
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import time
@@ -22,7 +21,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.errors import UserError, warn
 from megatron_ext.secrets import redact, without_user_info
 from megatron_ext.train.line_file import LineFile
 
@@ -31,9 +29,6 @@ DELIVERED_FILE = "mlflow_spool.ack.json"
 REJECTED_FILE = "mlflow_spool.rejected.jsonl"
 START = b'{"kind": "start"'
 """How the line of a start record begins."""
-
-SECONDS_FOR_LOCK = 10.0
-"""How long a run waits for the spool: helper processes of a killed run may hold its lock a moment longer than it lives."""
 
 
 @dataclass
@@ -49,22 +44,13 @@ class Delivered:
 
 
 class Spool:
-    """The records of an output folder, held by one process at a time."""
+    """The records of an output folder; who uses it holds the folder's lock (`folder_lock`)."""
 
-    def __init__(self, output_dir: Path, seconds_for_lock: float = 0.0):
-        """
-        Args:
-            output_dir: the run's folder.
-            seconds_for_lock: how long to wait for another process to let go.
-
-        Raises:
-            UserError: another process holds the spool.
-        """
+    def __init__(self, output_dir: Path):
         self.path = output_dir / SPOOL_FILE
         self._delivered_path = output_dir / DELIVERED_FILE
         self._rejected_path = output_dir / REJECTED_FILE
         self._lines = LineFile(self.path)
-        self._lock = self._take_lock(time.monotonic() + seconds_for_lock)
 
     def append(self, kind: str, **fields: Any) -> None:
         """Add a record; costs one write and never raises for the disk's sake."""
@@ -126,35 +112,6 @@ class Spool:
     def close_file(self) -> None:
         """Nothing is appended after this."""
         self._lines.close()
-
-    def release(self) -> None:
-        """Let other processes have the spool."""
-        if self._lock is not None:
-            os.close(self._lock)
-        self._lock = None
-
-    def _take_lock(self, deadline: float) -> int | None:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            warn(f"{self.path} cannot be locked ({error})")
-            return None
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return descriptor
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    os.close(descriptor)
-                    raise UserError(
-                        f"{self.path} is held by another process: a training run in this output_dir, or a replay of its "
-                        "metrics; let it end first"
-                    ) from None
-                time.sleep(0.1)
-            except OSError as error:  # some network file systems have no locks
-                warn(f"{self.path} cannot be locked ({error})")
-                return descriptor
 
 
 class Starts:

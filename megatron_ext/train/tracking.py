@@ -58,14 +58,10 @@ def build_trackers(config: RunConfig, total_steps: int, record: dict[str, Any] |
         total_steps: steps of the plan.
         record: `run.json` of the checkpoint that the run continues from.
         is_first_rank: this is rank 0.
-
-    Raises:
-        UserError: another process holds the output folder's MLflow spool.
     """
     if not is_first_rank:
         return Trackers([])
     first_step = record["step"] if record else 0
-    # MLflow first: it may find another run in the folder.
     mlflow = [MlflowTracker(config, record)] if config.tracking.mlflow else []
     return Trackers([ConsoleTracker(first_step, total_steps), JsonlTracker(Path(config.output_dir), first_step), *mlflow])
 

@@ -24,6 +24,7 @@ from megatron_ext.train.agreement import Agreement
 from megatron_ext.train.build import build_model, wrap_model
 from megatron_ext.train.changes import as_records, check_changes
 from megatron_ext.train.checkpoint import load_checkpoint
+from megatron_ext.train.folder_lock import held_by_this_run
 from megatron_ext.train.metrics import Counters, SpeedMeter, peak_flops, step_flops
 from megatron_ext.train.optimizer import (
     build_optimizer,
@@ -64,7 +65,8 @@ def train(config: RunConfig) -> int:
     patch_megatron()
     timeout = 60 * config.training.timeout_minutes
     groups = process_groups(setup.layout, setup.backend, timedelta(seconds=timeout + SECONDS_AFTER_WATCHDOG))
-    with StopRequest() as stop, groups, Watchdog(timeout, EXIT_HANG) as watchdog:
+    held = held_by_this_run(Path(config.output_dir))
+    with StopRequest() as stop, groups, Watchdog(timeout, EXIT_HANG) as watchdog, held:
         checkpoint = choose_checkpoint(config, watchdog.mark)
         record = _continue_from(setup, checkpoint) if checkpoint else None
         trackers = build_trackers(config, setup.plan.total_steps, record, rank_from_environment() == 0)

@@ -74,21 +74,34 @@ class Job:
         """What it has printed."""
         return self._log.read_text()
 
-    def processes(self, rank: int | None = None) -> list[psutil.Process]:
-        """Its living processes, or those of the entry point on one rank."""
+    def processes(self) -> list[psutil.Process]:
+        """Its living processes."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 environment = process.environ()
-                if environment.get(MARK) != self._mark or process.status() == psutil.STATUS_ZOMBIE:
-                    continue
-                if rank is None or environment.get("RANK") == str(rank):
+                if environment.get(MARK) == self._mark and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
         return found
 
+    def workers(self) -> list[psutil.Process]:
+        """The processes of the entry point under torchrun, which is their parent."""
+        return [process for process in self.processes() if process.ppid() == self.process.pid and "RANK" in process.environ()]
+
     def worker(self, rank: int) -> psutil.Process:
-        """The process of the entry point on a rank under torchrun, which is its parent."""
-        return next(process for process in self.processes(rank) if process.ppid() == self.process.pid)
+        """The one of a rank."""
+        return next(process for process in self.workers() if process.environ()["RANK"] == str(rank))
+
+    def is_running(self) -> bool:
+        """The process that was started here has not ended."""
+        return self.process.poll() is None
+
+    def kill_workers(self) -> None:
+        """SIGKILL to torchrun and its workers at once; what they have forked is to end by itself."""
+        for process in [*self.workers(), self.process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait(SECONDS)
 
     def kill_all(self) -> None:
         """SIGKILL to every process at once."""
@@ -105,17 +118,22 @@ class Job:
         """Look until the condition holds while the run is alive; returns what it returned."""
         end = time.monotonic() + SECONDS
         while time.monotonic() < end:
-            is_alive = self.process.poll() is None
+            is_alive = self.is_running()
             if found := condition():
                 return found
             assert is_alive, f"the run ended before {what}:\n{self.text[-3000:]}"
             time.sleep(0.002)
         raise AssertionError(f"{what} did not happen in {SECONDS:.0f} s:\n{self.text[-3000:]}")
 
+    def left_behind(self) -> list[psutil.Process]:
+        """Those of its processes that do not end by themselves in a while."""
+        psutil.wait_procs(self.processes(), timeout=60)
+        return self.processes()
+
     def wait_until_gone(self) -> None:
         """All its processes must end by themselves."""
-        psutil.wait_procs(self.processes(), timeout=60)
-        assert self.processes() == [], [(process.pid, process.cmdline()) for process in self.processes()]
+        left = self.left_behind()
+        assert left == [], [(process.pid, process.cmdline()) for process in left]
 
     def metrics(self) -> list[dict[str, Any]]:
         """The whole lines of `metrics.jsonl`."""

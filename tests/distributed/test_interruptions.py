@@ -50,6 +50,20 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(corpus: Corpus, tmp_pat
     assert json.loads((newest / "run.json").read_text())["parallel"]["tensor"] == 2
 
 
+def test_a_second_run_in_the_same_folder_is_refused(corpus: Corpus, tmp_path: Path) -> None:
+    tree = config_tree(corpus, tmp_path / "run", {}, resume="auto")
+    tree["phases"] = [{"objective": "clm", "steps": 100_000}]
+    with Job(tree, tmp_path) as first:
+        first.wait_until(lambda: "step 2/" in first.text, "step 2")
+        with Job(tree, tmp_path, "--standalone", "--nproc-per-node", "2") as second:
+            assert second.wait() != 0
+        assert f"is in use by process {first.process.pid} on" in second.text
+        assert "exitcode  : 2" in second.text, second.text
+        first.process.send_signal(signal.SIGTERM)
+        assert first.wait() == EXIT_STOPPED, first.text
+    assert [step for step, name in Run(tmp_path / "run", []).losses() if name == "loss"] == list(range(1, first.last_step() + 1))
+
+
 def poisoned_training(tree: dict[str, Any], bad_samples: list[int]) -> None:
     """Train with a loss that is not a number for micro-batches that hold certain samples, as broken hardware might give."""
     from megatron_ext.data.loader import TrainingLoader

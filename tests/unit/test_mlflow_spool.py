@@ -18,7 +18,6 @@ from megatron_ext.config import DataConfig, DataSource, PhaseConfig, RunConfig, 
 from megatron_ext.errors import UserError
 from megatron_ext.train import mlflow_tracker, spool
 from megatron_ext.train.replay import replay
-from megatron_ext.train.spool import Spool
 from megatron_ext.train.tracking import Trackers, build_trackers
 from tests.mlflow_server import history, logged, runs_named
 
@@ -205,19 +204,6 @@ def test_runs_in_one_folder(output_dir: Path) -> None:
     found = runs_named(client, "run")
     assert sorted(run.info.status for run in found) == ["FINISHED", "KILLED"]
     assert all(history(client, run) == logged(output_dir) for run in found)
-
-
-def test_one_process_at_a_time(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A replay refuses a spool that is in use, and a run waits only a moment for it."""
-    monkeypatch.setattr(mlflow_tracker, "SECONDS_FOR_LOCK", 0.0)
-    run = open_run(output_dir)
-    with pytest.raises(UserError, match="held by another process"):
-        open_run(output_dir)
-    refused = replay_command(output_dir)
-    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-    assert "held by another process" in refused.stderr
-    run.finish("FINISHED")
-    Spool(output_dir).release()
 
 
 def replay_command(output_dir: Path) -> subprocess.CompletedProcess:
