@@ -7,13 +7,15 @@ import pickle
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from multiprocessing import reduction
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 TIMEOUT = 240.0
+PRELOADED = ["megatron.core.dist_checkpointing", "megatron.core.optimizer", "megatron.core.pipeline_parallel"]
+"""Imported once for all ranks that see no GPU: it takes longer than most of what runs on them."""
 
 
 def run_on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, on_gpus: bool = False) -> list[Any]:
@@ -31,17 +33,20 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any,
     Raises:
         RuntimeError: with the traceback of the rank that failed first, or if the ranks did not end in time.
     """
-    context = multiprocessing.get_context("spawn")
+    # A process that may use a GPU must not be forked from one that has looked for it.
+    context = multiprocessing.get_context("spawn" if on_gpus else "forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    surroundings = _Surroundings(on_gpus)
     with tempfile.TemporaryDirectory() as folder:
         processes, results = [], []
-        with nullcontext() if on_gpus else _without_gpus():
-            for rank in range(world_size):
-                receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_worker, args=(function, rank, world_size, folder, arguments, sender, on_gpus))
-                process.start()
-                sender.close()  # the process has its own: when it ends, the receiver sees the end
-                processes.append(process)
-                results.append(receiver)
+        for rank in range(world_size):
+            receiver, sender = context.Pipe(duplex=False)
+            arguments_of_rank = (surroundings, function, rank, world_size, folder, arguments, sender, on_gpus)
+            process = context.Process(target=_worker, args=arguments_of_rank)
+            process.start()
+            sender.close()  # the process has its own: when it ends, the receiver sees the end
+            processes.append(process)
+            results.append(receiver)
         try:
             found = _receive(results)
             for process in processes:
@@ -70,17 +75,24 @@ def _receive(results: list[Connection]) -> dict[int, Any]:
     return found
 
 
-@contextmanager
-def _without_gpus() -> Iterator[None]:
-    """Processes started in here see no GPU, whatever they import first."""
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    try:
-        yield
-    finally:
-        del os.environ["CUDA_VISIBLE_DEVICES"]
-        if before is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = before
+class _Surroundings:
+    """This process's environment, standard output and standard error, taken on by the process that it is sent to.
+
+    A process that is forked by the server of `multiprocessing` has those that the server was started with.
+    """
+
+    def __init__(self, with_gpus: bool):
+        self._environment = {**os.environ, **({} if with_gpus else {"CUDA_VISIBLE_DEVICES": ""})}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _take_on, (self._environment, reduction.DupFd(1), reduction.DupFd(2))
+
+
+def _take_on(environment: dict[str, str], output: Any, errors: Any) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    for here, stream in ((1, output), (2, errors)):
+        os.dup2(stream.detach(), here)
 
 
 def _is_consequence(error: str) -> bool:
@@ -89,6 +101,7 @@ def _is_consequence(error: str) -> bool:
 
 
 def _worker(
+    surroundings: None,
     function: Callable[..., Any],
     rank: int,
     world_size: int,
