@@ -39,6 +39,9 @@ def _require_share(where: str, **values: float | None) -> None:
         _require(value is None or 0.0 <= value <= 1.0, f"{where}.{name} is {value}: it must lie between 0 and 1")
 
 
+RotaryScaling = Literal["none", "linear", "llama3"]
+
+
 @dataclass(kw_only=True)
 class ModelConfig:
     """The encoder's shape: a preset, and any field of it set otherwise (null: as the preset says)."""
@@ -67,10 +70,24 @@ class ModelConfig:
     """Share the embedding with the language-model head."""
     max_position_embeddings: int | None = None
     """Longest sequence that the exported model announces."""
+    qkv_bias: bool | None = None
+    """Biases on the projections to queries, keys and values, as in Qwen2."""
+    qk_norm: bool | None = None
+    """Norm queries and keys per head, as in Qwen3."""
+    rotary_scaling: RotaryScaling | None = None
+    """Stretch RoPE to longer texts: `linear` divides all angles by rotary_factor, `llama3` only the slow ones."""
+    rotary_factor: float | None = None
+    """How far RoPE is stretched."""
+    rotary_low_frequency_factor: float | None = None
+    """`llama3`: angles that turn less often than this in rotary_original_length are divided by the whole factor."""
+    rotary_high_frequency_factor: float | None = None
+    """`llama3`: angles that turn more often than this are left as they are."""
+    rotary_original_length: int | None = None
+    """`llama3`: length that the model was trained with before it was stretched."""
 
     def __post_init__(self) -> None:
-        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("preset", "tie_embeddings")}
-        _require_positive("model", **sizes)
+        numbers = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        _require_positive("model", **{name: value for name, value in numbers.items() if not isinstance(value, str | bool)})
 
 
 @dataclass(kw_only=True)

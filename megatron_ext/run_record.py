@@ -66,6 +66,16 @@ ENCODER = {
     "tie_embeddings": FLAG,
     "max_position_embeddings": SIZE,
 }
+ENCODER_SINCE = {
+    "qkv_bias": FLAG,
+    "qk_norm": FLAG,
+    "rotary_scaling": TEXT,
+    "rotary_factor": NUMBER,
+    "rotary_low_frequency_factor": NUMBER,
+    "rotary_high_frequency_factor": NUMBER,
+    "rotary_original_length": SIZE,
+}
+"""Fields that checkpoints of earlier versions lack."""
 CONFIG = {"data": OBJECT, "training": OBJECT}
 """The rest of the configuration is checked where one is read: `megatron_ext.config.from_dict`."""
 
@@ -123,8 +133,9 @@ def parse_run_record(text: str, source: str, version: int) -> dict[str, Any]:
         raise UserError(f"{source} cannot be read as JSON (nested too deeply)")
     _check(record, RUN, source, "")
     _check(record["config"], CONFIG, source, "config.")
-    _check(record["encoder"], ENCODER, source, "encoder.")
-    unknown = sorted(record["encoder"].keys() - ENCODER.keys())
+    known = {name: kind for name, kind in ENCODER_SINCE.items() if name in record["encoder"]}
+    _check(record["encoder"], ENCODER | known, source, "encoder.")
+    unknown = sorted(record["encoder"].keys() - ENCODER.keys() - known.keys())
     if unknown:
         raise UserError(f"{source}: encoder has the unknown field {', '.join(unknown):.200}; a newer version wrote it")
     if record["padded_vocab_size"] < record["vocab_size"]:

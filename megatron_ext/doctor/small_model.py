@@ -4,6 +4,7 @@ Everything is a function of fixed seeds. The distributed tests use the same piec
 """
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -28,10 +29,11 @@ def sequence_length(tensor: int) -> int:
     return math.ceil(48 / tensor) * tensor
 
 
-def make_encoder(parallel: ParallelConfig, tie_embeddings: bool = False) -> EncoderConfig:
+def make_encoder(parallel: ParallelConfig, **other: Any) -> EncoderConfig:
     """Four layers and two key/value heads, or the smallest multiples that these sizes can split.
 
-    Grouped-query attention and a head width that is not hidden_size / heads: both change how weights are cut.
+    Grouped-query attention and a head width that is not hidden_size / heads: both change how weights are cut. `other` fields are
+    set besides.
     """
     stages = parallel.pipeline * parallel.virtual_pipeline
     groups = 2 if parallel.tensor <= 2 else parallel.tensor
@@ -43,8 +45,8 @@ def make_encoder(parallel: ParallelConfig, tie_embeddings: bool = False) -> Enco
         num_query_groups=groups,
         head_dim=16,
         init_std=0.1,
-        tie_embeddings=tie_embeddings,
         max_position_embeddings=sequence_length(parallel.tensor),
+        **other,
     )
 
 

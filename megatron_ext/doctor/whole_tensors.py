@@ -73,7 +73,7 @@ def _join(name: str, parts: list[Tensor]) -> Tensor:
     if name.endswith("linear_fc1.weight"):
         halves = [part.chunk(2) for part in parts]
         return torch.cat([half[0] for half in halves] + [half[1] for half in halves])
-    if parts[0].dim() == 1:
+    if parts[0].dim() == 1 and not name.endswith("linear_qkv.bias"):
         return parts[0]
     whole = torch.cat(parts)
     return whole[:VOCAB_SIZE] if name.endswith(("word_embeddings.weight", "output_layer.weight", TIED_COPY)) else whole

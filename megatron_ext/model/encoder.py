@@ -13,6 +13,7 @@ from megatron_ext.model.attention import AttentionLayout
 from megatron_ext.model.head import LanguageModelHead
 from megatron_ext.model.layers import LayerKind, block_spec
 from megatron_ext.model.presets import EncoderConfig
+from megatron_ext.model.rotary import rotary_frequencies
 
 
 class EncoderModel(LanguageModule):
@@ -66,6 +67,7 @@ class EncoderModel(LanguageModule):
             rotary_base=encoder.rotary_base,
             cp_group=self.pg_collection.cp,
         )
+        self.rotary_pos_emb.inv_freq = rotary_frequencies(encoder).to(self.rotary_pos_emb.inv_freq.device)
         self.decoder = TransformerBlock(
             config=config,
             spec=block_spec(config, layers, vp_stage),

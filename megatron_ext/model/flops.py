@@ -17,6 +17,7 @@ class ParameterCount:
     blocks: int
     """Attention and feed-forward matrices of all layers."""
     norms: int
+    """Norms and biases."""
     embedding: int
     head: int
     """0 when tied to the embedding."""
@@ -36,10 +37,12 @@ def count_parameters(config: EncoderConfig, vocab_size: int) -> ParameterCount:
     """
     hidden, width = config.hidden_size, config.head_dim
     attention = hidden * width * (2 * config.num_attention_heads + 2 * config.num_query_groups)
+    biases = config.qkv_bias * width * (config.num_attention_heads + 2 * config.num_query_groups)
+    head_norms = config.qk_norm * 2 * width
     feed_forward = 3 * hidden * config.ffn_hidden_size
     return ParameterCount(
         blocks=config.num_layers * (attention + feed_forward),
-        norms=(2 * config.num_layers + 1) * hidden,
+        norms=(2 * config.num_layers + 1) * hidden + config.num_layers * (biases + head_norms),
         embedding=vocab_size * hidden,
         head=0 if config.tie_embeddings else vocab_size * hidden,
     )

@@ -14,7 +14,7 @@ RESIDUAL_PROJECTIONS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.wei
 
 
 def initialize_parameters(model: torch.nn.Module, encoder: EncoderConfig, vocab_size: int, seed: int) -> None:
-    """Fill every parameter of one model chunk: normal matrices, norms at one, padded vocabulary rows at zero.
+    """Fill every parameter of one model chunk: normal matrices, norms at one, biases at zero, padded vocabulary rows at zero.
 
     The projections back into the residual stream get std / sqrt(2 layers), as GPT-2 does. Each full matrix is drawn on the CPU
     from a generator of its own, and this rank's shard cut out of it.
@@ -29,7 +29,7 @@ def initialize_parameters(model: torch.nn.Module, encoder: EncoderConfig, vocab_
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
                 continue
             if not hasattr(parameter, "tensor_model_parallel"):
                 # megatron marks split weights only when it initializes them itself; without the mark the gradient norm

@@ -73,6 +73,8 @@ def transformer_config(encoder: EncoderConfig, layout: Layout, layers: LayerKind
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=encoder.qkv_bias,
+        qk_layernorm=encoder.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         rotary_interleaved=False,
@@ -104,19 +106,19 @@ def transformer_config(encoder: EncoderConfig, layout: Layout, layers: LayerKind
 
 def block_spec(config: TransformerConfig, layers: LayerKind, vp_stage: int | None) -> TransformerBlockSubmodules:
     """The layers and final norm that this pipeline stage holds."""
-    spec = _te_layer() if layers == "transformer_engine" else _local_layer()
+    spec = _te_layer(config.qk_layernorm) if layers == "transformer_engine" else _local_layer(config.qk_layernorm)
     final_norm = spec.submodules.input_layernorm if layers == "local" else _te_norm()
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=final_norm)
 
 
-def _local_layer() -> ModuleSpec:
+def _local_layer(qk_norm: bool) -> ModuleSpec:
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
         core_attention=DocumentAttention,
         linear_proj=RowParallelLinear,
-        q_layernorm=IdentityOp,
-        k_layernorm=IdentityOp,
+        q_layernorm=RMSNorm if qk_norm else IdentityOp,
+        k_layernorm=RMSNorm if qk_norm else IdentityOp,
     )
     return ModuleSpec(
         module=TransformerLayer,
@@ -132,7 +134,7 @@ def _local_layer() -> ModuleSpec:
     )
 
 
-def _te_layer() -> ModuleSpec:
+def _te_layer(qk_norm: bool) -> ModuleSpec:
     from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
 
     from megatron_ext.model.te_attention import TEDocumentAttention
@@ -141,8 +143,8 @@ def _te_layer() -> ModuleSpec:
         linear_qkv=TELayerNormColumnParallelLinear,
         core_attention=TEDocumentAttention,
         linear_proj=TERowParallelLinear,
-        q_layernorm=IdentityOp,
-        k_layernorm=IdentityOp,
+        q_layernorm=_te_norm() if qk_norm else IdentityOp,
+        k_layernorm=_te_norm() if qk_norm else IdentityOp,
     )
     return ModuleSpec(
         module=TransformerLayer,

@@ -3,14 +3,15 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
-from megatron_ext.config import ModelConfig
+from megatron_ext.config import ModelConfig, RotaryScaling
 from megatron_ext.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """Shape of an encoder: RMSNorm, SwiGLU, RoPE, no biases; the causal and the bidirectional model share it."""
+    """Shape of an encoder: RMSNorm, SwiGLU, RoPE; the causal and the bidirectional model share it."""
 
     num_layers: int
     hidden_size: int
@@ -23,8 +24,19 @@ class EncoderConfig:
     init_std: float = 0.02
     tie_embeddings: bool = False
     max_position_embeddings: int = 2048
+    qkv_bias: bool = False
+    """The projections to queries, keys and values have biases, as in Qwen2."""
+    qk_norm: bool = False
+    """Queries and keys are normed per head before they are rotated, as in Qwen3."""
+    rotary_scaling: RotaryScaling = "none"
+    """How the angles are stretched to longer texts; see `rotary.rotary_frequencies`."""
+    rotary_factor: float = 1.0
+    rotary_low_frequency_factor: float = 1.0
+    rotary_high_frequency_factor: float = 4.0
+    rotary_original_length: int = 8192
 
     def __post_init__(self) -> None:
+        _check_rotary_scaling(self)
         if self.num_attention_heads % self.num_query_groups:
             raise UserError(
                 f"model.num_query_groups {self.num_query_groups} does not divide "
@@ -37,6 +49,22 @@ class EncoderConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"model.head_dim is {self.head_dim}: rotary embeddings need an even width")
+
+
+def _check_rotary_scaling(encoder: EncoderConfig) -> None:
+    if encoder.rotary_scaling not in get_args(RotaryScaling):
+        raise UserError(f"model.rotary_scaling is '{encoder.rotary_scaling}': allowed are {', '.join(get_args(RotaryScaling))}")
+    if encoder.rotary_factor < 1 or (encoder.rotary_scaling == "none" and encoder.rotary_factor != 1):
+        raise UserError(
+            f"model.rotary_factor is {encoder.rotary_factor} with model.rotary_scaling {encoder.rotary_scaling}: it must be at "
+            "least 1, and 1 without scaling"
+        )
+    low, high = encoder.rotary_low_frequency_factor, encoder.rotary_high_frequency_factor
+    if not 0 < low < high:
+        raise UserError(
+            f"model.rotary_low_frequency_factor {low} and model.rotary_high_frequency_factor {high}: both must be positive, and "
+            "the second one larger"
+        )
 
 
 def _shape(layers: int, hidden: int, ffn: int, heads: int, groups: int, **other: float | bool) -> EncoderConfig:

@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_ext.config import RunConfig, from_dict
 from megatron_ext.errors import UserError
+from megatron_ext.model.presets import EncoderConfig
 from megatron_ext.objective import PhasePlan
 from megatron_ext.train.optimizer import learning_rate
 from megatron_ext.train.preflight import RunSetup
@@ -30,7 +31,10 @@ GUARDED = {
 MIXTURE_FIELD = "training.micro_batch_size"
 PRECISION = "training.precision"
 """Decides, like the shapes, what is stored."""
-SHAPES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "tie_embeddings")
+SHAPES = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim"),
+    *("tie_embeddings", "qkv_bias", "qk_norm"),
+)
 """Fields of the model that the stored weights decide."""
 
 UNTOLD = re.compile(
@@ -105,7 +109,7 @@ def as_records(changes: list[Change], step: int) -> list[dict[str, Any]]:
 
 
 def _model(setup: RunSetup, record: dict[str, Any]) -> list[Change]:
-    new, old = vars(setup.encoder), record["encoder"]
+    new, old = vars(setup.encoder), vars(EncoderConfig(**record["encoder"]))
     effects = {name: "the model" for name in new if name != "init_std"}  # which only new weights are drawn with
     return [
         Change(f"model.{name}", old.get(name), value, effects.get(name, ""), name in SHAPES)

@@ -8,6 +8,13 @@ from megatron_ext.doctor.small_model import SAMPLES, VOCAB_SIZE, make_encoder, s
 
 SEQUENCE_LENGTH = sequence_length(1)
 MICRO_BATCHES = 8
+EXTRAS = {
+    "qkv_bias": True,
+    "qk_norm": True,
+    "rotary_scaling": "llama3",
+    "rotary_factor": 8.0,
+    "rotary_original_length": 16,
+}
 
 
 @dataclass(frozen=True)
@@ -20,6 +27,8 @@ class Case:
     sequence: bool = True
     distributed_optimizer: bool = False
     tied: bool = False
+    with_extras: bool = False
+    """Biases on queries, keys and values, norms on queries and keys, stretched RoPE."""
 
     def parallel(self) -> ParallelConfig:
         """The configured sizes."""
@@ -57,6 +66,6 @@ def build(case: Case) -> tuple[list[Any], list[Any], Any]:
     from megatron_ext.train.build import build_model, wrap_model
 
     layout, backend = start(case)
-    encoder = make_encoder(case.parallel(), tie_embeddings=case.tied)
+    encoder = make_encoder(case.parallel(), tie_embeddings=case.tied, **(EXTRAS if case.with_extras else {}))
     bare = build_model(encoder, VOCAB_SIZE, layout, backend, torch.float32, seed=3)
     return bare, wrap_model(bare, case.distributed_optimizer), layout

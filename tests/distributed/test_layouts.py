@@ -20,6 +20,9 @@ CASES = {
     "DP2 distributed optimizer": (2, Case(distributed_optimizer=True)),
     "PP2 tied": (2, Case(pipeline=2, tied=True)),
     "TP2 tied": (2, Case(tensor=2, tied=True)),
+    "TP2+SP with extras": (2, Case(tensor=2, with_extras=True)),
+    "TP2 with extras": (2, Case(tensor=2, sequence=False, with_extras=True)),
+    "PP2 with extras": (2, Case(pipeline=2, with_extras=True)),
     "TP2 x PP2": (4, Case(tensor=2, pipeline=2)),
     "TP2 x PP2 interleaved": (4, Case(tensor=2, pipeline=2, virtual_pipeline=2)),
     "TP2 x DP2 distributed optimizer": (4, Case(tensor=2, distributed_optimizer=True)),
@@ -79,9 +82,9 @@ def _measure_cases(world_size: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def one_rank() -> dict[bool, Any]:
-    """What one rank gives, by whether the embedding is tied."""
-    return run_on_ranks(measure, 1, {False: Case(), True: Case(tied=True)})[0]
+def one_rank() -> dict[str, Any]:
+    """What one rank gives for each model."""
+    return run_on_ranks(measure, 1, {"plain": Case(), "tied": Case(tied=True), "extras": Case(with_extras=True)})[0]
 
 
 @pytest.fixture(scope="session")
@@ -95,10 +98,12 @@ def four_ranks() -> dict[str, Any]:
 
 
 @pytest.fixture
-def measured(request: pytest.FixtureRequest, name: str, one_rank: dict[bool, Any]) -> tuple[Any, Any]:
+def measured(request: pytest.FixtureRequest, name: str, one_rank: dict[str, Any]) -> tuple[Any, Any]:
     """(a case's results, one rank's)."""
     ranks, case = CASES[name]
-    return request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[ranks])[name], one_rank[case.tied]
+    return request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[ranks])[name], one_rank[
+        "tied" if case.tied else "extras" if case.with_extras else "plain"
+    ]
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "unpacked"])
