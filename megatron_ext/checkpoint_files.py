@@ -6,16 +6,20 @@ path in a checkpoint may lead out of it.
 """
 
 import hashlib
+import json
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megatron_ext.errors import UserError
+from megatron_ext.errors import UnreadableError, UserError
 from megatron_ext.run_record import parse_run_record
 
 FORMAT = 1
 RUN_FILE = "run.json"
+RECORD_SUM = "record_sha256"
+"""Key of `run.json` with the sum of all the others."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -29,9 +33,14 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1]) if match else -1
 
 
+def published_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first. One without a `run.json` was whole when it got its name, and is damaged."""
+    return sorted(path for path in folder.glob("step_*") if step_of(path) >= 0 and path.is_dir())
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The published checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if step_of(path) >= 0 and (path / RUN_FILE).is_file())
+    """The published checkpoints that say what they are, oldest first."""
+    return [path for path in published_checkpoints(folder) if (path / RUN_FILE).is_file()]
 
 
 def read_run_file(checkpoint: Path) -> dict[str, Any]:
@@ -45,7 +54,9 @@ def read_run_file(checkpoint: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"checkpoint {checkpoint}: there is no run.json; name a complete .../checkpoints/step_* folder") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
         raise UserError(f"{path} cannot be read ({error})") from None
     record = parse_run_record(text, str(path), FORMAT)
     for name in (record["tokenizer"]["path"], *record["files"]):
@@ -101,24 +112,51 @@ def describe_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names}
 
 
-def find_damage(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
+def seal(record: dict[str, Any]) -> dict[str, Any]:
+    """What `run.json` is to hold, with the sum of it."""
+    return {**record, RECORD_SUM: _record_sum(json.loads(json.dumps(record)))}
+
+
+def _record_sum(record: dict[str, Any]) -> str:
+    """Over the values, however they are laid out; checkpoints that were made before there was a sum have none."""
+    values = {name: value for name, value in record.items() if name != RECORD_SUM}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def find_damage(checkpoint: Path, part: int = 0, parts: int = 1, only: Collection[str] | None = None) -> dict[str, str]:
     """Compare a checkpoint's files with the sizes and sums that `run.json` recorded. Reads every byte.
 
     Args:
         checkpoint: a published checkpoint.
         part: number of the share of the files to look at, when several processes divide the work.
         parts: number of shares.
+        only: the files to look at, besides `run.json`; None are all.
 
     Returns:
-        One line for each missing or changed file; empty if all is as it was written.
+        One line for each missing or changed file, by its name; empty if all is as it was written.
+
+    Raises:
+        UnreadableError: nothing can be said, because a newer version wrote it, or the disk errs.
     """
     try:
-        written = read_run_file(checkpoint)["files"]
+        record = read_run_file(checkpoint)
+    except UnreadableError:
+        raise
     except UserError as error:
-        return [str(error)]
+        return {RUN_FILE: str(error)}
+    written = record["files"]
     names = sorted(written, key=lambda name: -written[name]["bytes"])[part::parts]
-    lines = [_damage_of(checkpoint / name, name, written[name]) for name in names]
-    return [line for line in lines if line]
+    lines = {name: _damage_of(checkpoint / name, name, written[name]) for name in names if only is None or name in only}
+    lines[RUN_FILE] = _damage_of_record(checkpoint, record)
+    return {name: line for name, line in lines.items() if line}
+
+
+def _damage_of_record(checkpoint: Path, record: dict[str, Any]) -> str | None:
+    if record.get(RECORD_SUM, _record_sum(record)) != _record_sum(record):
+        return f"{RUN_FILE} is not as it was written"
+    if step_of(checkpoint) not in (-1, record["step"]):
+        return f"{RUN_FILE} is that of step {record['step']}"
+    return None
 
 
 def _damage_of(path: Path, name: str, written: dict[str, Any]) -> str | None:
@@ -132,5 +170,5 @@ def _damage_of(path: Path, name: str, written: dict[str, Any]) -> str | None:
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:
-        return f"{name} cannot be read ({error.strerror})"
+        raise UnreadableError(f"{path} cannot be read ({error.strerror})") from None
     return None if found == written["sha256"] else f"{name} has SHA-256 {found[:12]}, {written['sha256'][:12]} was written"

@@ -51,6 +51,10 @@ class CommandLine(argparse.ArgumentParser):
         return list(self._option_string_actions)
 
 
+class UnreadableError(UserError):
+    """What was asked for cannot be judged here: a newer version wrote it, or the disk errs. It need not be damaged."""
+
+
 def one_line(error: BaseException) -> str:
     """Somebody else's exception in one short line: its type, and how its message begins."""
     lines = str(error).splitlines()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ext.errors import UserError
+from megatron_ext.errors import UnreadableError, UserError
 
 DEEPEST_NESTING = 16
 LARGEST_COUNT = 2**53
@@ -128,7 +128,7 @@ def parse_run_record(text: str, source: str, version: int) -> dict[str, Any]:
         raise UserError(f"{source} cannot be read as JSON ({error})") from None
     if not isinstance(record, dict) or record.get("format") != version:
         found = record.get("format") if isinstance(record, dict) else type(record).__name__
-        raise UserError(f"{source} has format {found!r:.40}: this version reads format {version}")
+        raise UnreadableError(f"{source} has format {found!r:.40}: this version reads format {version}")
     if _is_deeper_than(record, DEEPEST_NESTING):
         raise UserError(f"{source} cannot be read as JSON (nested too deeply)")
     _check(record, RUN, source, "")
@@ -137,7 +137,7 @@ def parse_run_record(text: str, source: str, version: int) -> dict[str, Any]:
     _check(record["encoder"], ENCODER | known, source, "encoder.")
     unknown = sorted(record["encoder"].keys() - ENCODER.keys() - known.keys())
     if unknown:
-        raise UserError(f"{source}: encoder has the unknown field {', '.join(unknown):.200}; a newer version wrote it")
+        raise UnreadableError(f"{source}: encoder has the unknown field {', '.join(unknown):.200}; a newer version wrote it")
     if record["padded_vocab_size"] < record["vocab_size"]:
         raise UserError(f"{source}: padded_vocab_size {record['padded_vocab_size']} is below vocab_size {record['vocab_size']}")
     _check(record["tokenizer"], TOKENIZER, source, "tokenizer.")

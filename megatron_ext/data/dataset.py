@@ -137,6 +137,15 @@ def _check_index(prefix: str) -> None:
     require(bool(follows.all()), "has sequences that do not follow one another in the token file")
 
 
+@dataclass(frozen=True)
+class _Epoch:
+    """Documents in a fresh order: 16 bytes for each."""
+
+    number: int
+    order: np.ndarray
+    ends: np.ndarray
+
+
 class DocumentBlocks:
     """The documents of one split of a data set, cut into blocks of `sequence_length` tokens.
 
@@ -169,19 +178,18 @@ class DocumentBlocks:
                 f"{name} holds {self.tokens} tokens in {len(documents)} documents: data.sequence_length "
                 f"{sequence_length} needs at least one sample"
             )
-        self._epoch = -1
-        self._order = self._ends = np.zeros(0, dtype=np.int64)
+        self._epochs: tuple[_Epoch, ...] = ()
 
     def sample(self, index: int) -> Sample:
         """Sample `index`; indices beyond the first epoch go on into the next."""
         epoch, block = divmod(index, self.samples_per_epoch)
-        self._prepare(epoch)
+        order, ends = self._epoch(epoch)
         position = block * self._sequence_length
-        place = int(np.searchsorted(self._ends, position, side="right"))
+        place = int(np.searchsorted(ends, position, side="right"))
         tokens, lengths, missing = [], [], self._sequence_length
         while missing:
-            document = int(self._order[place])
-            offset = position - int(self._ends[place] - self._lengths[document])
+            document = int(order[place])
+            offset = position - int(ends[place] - self._lengths[document])
             length = min(int(self._lengths[document]) - offset, missing)
             if length:
                 tokens.append(self._indexed.read(self._first_document + document, offset, length))
@@ -191,13 +199,19 @@ class DocumentBlocks:
             place += 1
         return Sample(np.concatenate(tokens).astype(np.int64), np.asarray(lengths, dtype=np.int64))
 
-    def _prepare(self, epoch: int) -> None:
-        """Shuffle for an epoch: 8 bytes a document twice, about a second for 10 million documents."""
-        if epoch != self._epoch:
-            generator = random_generator(self._seed, DOCUMENT_STREAM, epoch, self._source)
-            self._order = generator.permutation(len(self._lengths))
-            self._ends = np.cumsum(self._lengths[self._order])
-            self._epoch = epoch
+    def _epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The documents in an epoch's order, and where each ends: about a second for 10 million documents, then kept.
+
+        The last two epochs are: a reader that is ahead may cross into the next one. Threads read while others shuffle, so nothing
+        that they may hold is changed.
+        """
+        for epoch in self._epochs:
+            if epoch.number == number:
+                return epoch.order, epoch.ends
+        order = random_generator(self._seed, DOCUMENT_STREAM, number, self._source).permutation(len(self._lengths))
+        made = _Epoch(number, order, np.cumsum(self._lengths[order]))
+        self._epochs = (made, *self._epochs[:1])
+        return made.order, made.ends
 
 
 class Blend:

@@ -86,7 +86,7 @@ def _note_versions(versions: dict[str, str], found: Report) -> None:
 
 
 def _check_files(checkpoint: Path, record: dict[str, Any], found: Report) -> None:
-    found.problems += find_damage(checkpoint)
+    found.problems += find_damage(checkpoint).values()
     there = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if not path.is_dir()}
     strays = sorted(there - record["files"].keys() - {RUN_FILE})
     found.problems += [f"{name} is there, but {RUN_FILE} does not name it" for name in strays]

@@ -1,5 +1,6 @@
 """How a run's configuration differs from that of the checkpoint it continues, and which differences are refused."""
 
+import itertools
 import re
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -91,7 +92,7 @@ def check_changes(setup: RunSetup, record: dict[str, Any]) -> list[Change]:
 def find_changes(setup: RunSetup, record: dict[str, Any]) -> list[Change]:
     """All differences between a run and the checkpoint that it continues, refused or not."""
     old = from_dict(record["config"])
-    before, now = flatten(old.as_dict()), flatten(setup.config.as_dict())
+    before, now = flatten(old.public_dict()), flatten(setup.config.public_dict())
     mixes = any(len(phase.weights) > 1 for phase in setup.plan.phases)
     effects = {**GUARDED, **({MIXTURE_FIELD: "which objective a sample is under"} if mixes else {})}
     plain = [
@@ -140,12 +141,11 @@ def _set(source: dict[str, Any]) -> str:
 def _phases(setup: RunSetup, record: dict[str, Any], old: RunConfig) -> list[Change]:
     """Phases that have run, and the learning rate of the last step."""
     changes, step = [], record["step"]
-    for phase in setup.plan.phases:
-        before = old.phases[phase.index] if phase.index < len(old.phases) else None
-        now = setup.config.phases[phase.index]
+    starts = [phase.start_step for phase in setup.plan.phases]
+    for index, (before, now) in enumerate(itertools.zip_longest(old.phases, setup.config.phases)):
         if before != now:
-            effect = "steps that have been run" if phase.start_step < step else ""
-            changes.append(Change(f"phases.{phase.index}", before, now, effect))
+            effect = "steps that have been run" if now and starts[index] < step else ""
+            changes.append(Change(f"phases.{index}", before, now, effect))
     rates = [learning_rate(config.optimizer, PhasePlan.from_config(config), step - 1) for config in (old, setup.config)]
     if rates[0] != rates[1]:
         effect = f"{GUARDED['optimizer']}: that of step {step} was {rates[0]:g} and would be {rates[1]:g}"

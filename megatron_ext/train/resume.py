@@ -1,14 +1,15 @@
 """Which checkpoint a run continues from, and whether every byte of it is as it was written."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
 
-from megatron_ext.checkpoint_files import complete_checkpoints, find_damage, step_of
+from megatron_ext.checkpoint_files import complete_checkpoints, find_damage, published_checkpoints, read_run_file, step_of
 from megatron_ext.config import RunConfig
-from megatron_ext.errors import UserError, warn
-from megatron_ext.train.retention import DAMAGED, clear_leftovers, set_aside
+from megatron_ext.errors import UnreadableError, UserError, warn
+from megatron_ext.train.publication import DAMAGED, set_aside
+from megatron_ext.train.retention import clear_leftovers
 
 
 def checkpoint_folder(config: RunConfig) -> Path:
@@ -22,13 +23,13 @@ def check_resume(config: RunConfig) -> None:
     Raises:
         UserError: it names no checkpoint, or the run would mix its checkpoints with those of another.
     """
-    existing = complete_checkpoints(checkpoint_folder(config))
+    existing = published_checkpoints(checkpoint_folder(config))
     if config.resume == "never" and existing:
         raise UserError(
             f"output_dir {config.output_dir} holds checkpoints up to {existing[-1].name}: continue them with --resume auto, "
             "or choose another output_dir"
         )
-    if config.resume in ("auto", "never"):
+    if config.resume == "never" or goes_on(config):
         return
     checkpoint = Path(config.resume)
     if not checkpoint.is_dir():
@@ -47,10 +48,23 @@ def is_same_run(config: RunConfig, checkpoint: Path) -> bool:
     return checkpoint.resolve().parent == checkpoint_folder(config).resolve()
 
 
+def goes_on(config: RunConfig) -> bool:
+    """Whether the run continues what is in its output_dir: it is told to, or has begun the branch that `resume` starts."""
+    existing = complete_checkpoints(checkpoint_folder(config))
+    if config.resume in ("auto", "never") or not existing:
+        return config.resume == "auto"
+    try:
+        parent = read_run_file(existing[-1])["parent"]
+    except UserError:
+        return False
+    return parent is not None and Path(parent["checkpoint"]).resolve() == Path(config.resume).resolve()
+
+
 def choose_checkpoint(config: RunConfig, mark: Callable[[str], None]) -> Path | None:
     """The newest sound checkpoint, or the one that `resume` names; None starts anew. All ranks call it together.
 
-    With `resume: auto` a damaged checkpoint is renamed, so that it is never taken for whole, and the one before is looked at.
+    Where a run goes on by itself a damaged checkpoint is renamed, so that it is never taken for whole, and the one before is
+    looked at.
 
     Args:
         config: of the run.
@@ -64,7 +78,7 @@ def choose_checkpoint(config: RunConfig, mark: Callable[[str], None]) -> Path | 
         clear_leftovers(folder)
     if config.resume == "never":
         return None
-    if config.resume != "auto":
+    if not goes_on(config):
         checkpoint = Path(config.resume)
         mark(f"reading {checkpoint}")
         damage = check_files(checkpoint)
@@ -75,7 +89,7 @@ def choose_checkpoint(config: RunConfig, mark: Callable[[str], None]) -> Path | 
 
 
 def _newest_sound(folder: Path, mark: Callable[[str], None]) -> Path | None:
-    candidates = complete_checkpoints(folder)
+    candidates = published_checkpoints(folder)
     _check_agreement(candidates)
     last_damage = ""
     for checkpoint in reversed(candidates):
@@ -98,15 +112,44 @@ def _newest_sound(folder: Path, mark: Callable[[str], None]) -> Path | None:
 
 
 def check_files(checkpoint: Path) -> str:
-    """What is damaged in a checkpoint, empty if nothing is; the ranks divide its files and call this together."""
+    """What is damaged in a checkpoint, empty if nothing is; the ranks divide its files and call this together.
+
+    Raises:
+        UserError: on all ranks, if some rank cannot say, or sees other files than rank 0.
+    """
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    found: list[list[str]] = [[]] * ranks
-    torch.distributed.all_gather_object(found, find_damage(checkpoint, rank, ranks))
-    return "; ".join(dict.fromkeys(line for lines in found for line in lines))
+    found: list[tuple[dict[str, str], str]] = [({}, "")] * ranks
+    torch.distributed.all_gather_object(found, _look(checkpoint, rank, ranks))
+    _refuse_unreadable(found)
+    damage = {name: line for lines, _ in found for name, line in lines.items()}
+    if not damage:
+        return ""
+    # A file that one machine does not see, or sees otherwise, is no damage: rank 0 looks again.
+    seen = [_look(checkpoint, only=damage.keys()) if rank == 0 else ({}, "")]
+    torch.distributed.broadcast_object_list(seen)
+    _refuse_unreadable(seen)
+    if not seen[0][0]:
+        raise UserError(f"the ranks see different files in {checkpoint} ({'; '.join(damage.values())}): it must be shared")
+    return "; ".join(seen[0][0].values())
+
+
+def _look(checkpoint: Path, *share: int, **only: Collection[str]) -> tuple[dict[str, str], str]:
+    """Damage, and why it cannot be said."""
+    try:
+        return find_damage(checkpoint, *share, **only), ""
+    except UnreadableError as error:
+        return {}, str(error)
+
+
+def _refuse_unreadable(found: list[tuple[dict[str, str], str]]) -> None:
+    reasons = [reason for _, reason in found if reason]
+    if reasons:
+        raise UserError(f"resume: {reasons[0]}; no checkpoint was renamed for it")
 
 
 def _check_agreement(candidates: list[Path]) -> None:
-    names: list[str] = [""] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(names, candidates[-1].name if candidates else "none")
-    if len(set(names)) > 1:
-        raise UserError(f"the ranks see different newest checkpoints ({', '.join(sorted(set(names)))}): output_dir must be shared")
+    seen: list[list[str]] = [[]] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(seen, [path.name for path in candidates])
+    if any(names != seen[0] for names in seen):
+        newest = sorted({names[-1] if names else "none" for names in seen})
+        raise UserError(f"the ranks see different checkpoints (the newest: {', '.join(newest)}): output_dir must be shared")

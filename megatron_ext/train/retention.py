@@ -5,17 +5,17 @@ import os
 import shutil
 from pathlib import Path
 
-from megatron_ext.checkpoint_files import complete_checkpoints, step_of
+from megatron_ext.checkpoint_files import complete_checkpoints, read_run_file, step_of
 from megatron_ext.config import CheckpointConfig, RunConfig
-from megatron_ext.errors import warn
+from megatron_ext.errors import UserError, one_line, warn
 from megatron_ext.objective import PhasePlan
-from megatron_ext.train.saving import remove_checkpoint
+from megatron_ext.train.publication import remove_checkpoint
+
+KEPT = "kept"
+"""Key of `run.json`: the checkpoint was saved to be kept for ever."""
 
 BRANCHES = "branches"
 """Folder in a checkpoint with a file for each run that started from it."""
-
-DAMAGED = "damaged-"
-"""What the name of a checkpoint that was found damaged begins with."""
 
 
 def is_saved(config: CheckpointConfig, plan: PhasePlan, step: int) -> bool:
@@ -30,10 +30,19 @@ def is_kept(config: CheckpointConfig, plan: PhasePlan, step: int) -> bool:
 
 
 def remove_old_checkpoints(folder: Path, config: CheckpointConfig, plan: PhasePlan) -> None:
-    """Keep the newest `keep_last` checkpoints besides those that are kept for ever; 0 keeps all."""
+    """Keep the newest `keep_last` checkpoints besides those that are kept for ever; 0 keeps all.
+
+    A checkpoint that was saved to be kept for ever is, whatever the configuration says by now.
+    """
+    if not config.keep_last:
+        return
     passing = [path for path in complete_checkpoints(folder) if not is_kept(config, plan, step_of(path)) and not _branches(path)]
-    for path in passing[: -config.keep_last] if config.keep_last else []:
-        remove_checkpoint(path)
+    for path in passing[: -config.keep_last]:
+        try:
+            if not read_run_file(path).get(KEPT, False):
+                remove_checkpoint(path)
+        except (OSError, UserError) as error:
+            warn(f"{path} is not removed ({one_line(error)})")
 
 
 def note_branch(checkpoint: Path, config: RunConfig) -> None:
@@ -60,17 +69,6 @@ def clear_leftovers(folder: Path) -> None:
     for pattern in (".writing-*", ".removing-*"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def set_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint, so that no run takes it for whole; returns its new path."""
-    target = checkpoint.with_name(DAMAGED + checkpoint.name)
-    number = 1
-    while target.exists():
-        number += 1
-        target = checkpoint.with_name(f"{DAMAGED}{checkpoint.name}-{number}")
-    checkpoint.rename(target)
-    return target
 
 
 def is_due(step: int, interval: int) -> bool:

@@ -9,7 +9,7 @@ import torch
 from megatron_ext.checkpoint_files import complete_checkpoints
 from megatron_ext.errors import UserError, warn
 from megatron_ext.train.preflight import RunSetup
-from megatron_ext.train.retention import is_saved, remove_old_checkpoints
+from megatron_ext.train.retention import KEPT, is_kept, is_saved, remove_old_checkpoints
 from megatron_ext.train.saving import CheckpointSaver, Outcome
 from megatron_ext.train.tracking import Trackers
 
@@ -45,7 +45,8 @@ class Saves:
             UserError: the last save failed, or too many in a row.
         """
         self.finish()
-        outcome = self.saver.start(record)
+        kept = is_kept(self.setup.config.checkpoint, self.setup.plan, record["step"])
+        outcome = self.saver.start({**record, KEPT: kept})
         if outcome is not None:
             self._take(outcome, is_last)
         elif is_last or not self.setup.config.checkpoint.asynchronous:

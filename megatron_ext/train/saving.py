@@ -16,8 +16,6 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +25,14 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from megatron_ext.checkpoint_files import FORMAT, RUN_FILE, checkpoint_name, describe_files, read_run_file
+from megatron_ext.checkpoint_files import checkpoint_name, describe_files
+from megatron_ext.errors import UserError
 from megatron_ext.runtime.writer import asynchronous_arguments, common_state_is_missing
-from megatron_ext.secrets import redact
 from megatron_ext.train.agreement import Agreement
 from megatron_ext.train.checkpoint import sharded_state
 from megatron_ext.train.preflight import RunSetup
-from megatron_ext.unpickling import read_metadata
+from megatron_ext.train.publication import SUMS, publish
 
-TOKENIZER_FOLDER = "tokenizer"
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "config.json")
-SUMS = ".sums-{rank}.json"
 SECONDS_BETWEEN_LOOKS = 0.02
 
 
@@ -170,7 +165,7 @@ class CheckpointSaver:
         try:
             for action in actions:
                 action()
-        except (OSError, RuntimeError, TimeoutError) as error:
+        except (OSError, RuntimeError, TimeoutError, UserError) as error:
             message = f"{error}"
         return next(iter(self._agreement.messages(message)), None)
 
@@ -187,17 +182,9 @@ class CheckpointSaver:
         return Outcome(record["step"], record["phase"], problem, seconds, seconds)
 
     def _publish(self, save: _Save, results: list[Any]) -> None:
-        aside = save.aside
         save.strategy.writer.finish(save.strategy.index, results)
-        save_config(CheckpointingConfig(save.strategy.backend, save.strategy.version), str(aside))
-        _copy_tokenizer(self._setup.tokenizer.source, aside / TOKENIZER_FOLDER)
-        _write_run_file(aside, self._setup, save.record)
-        read_run_file(aside)
-        read_metadata(aside)  # every byte that the index names is there
-        if save.final.exists():  # of an earlier attempt that was found damaged
-            remove_checkpoint(save.final)
-        aside.rename(save.final)
-        _sync(save.final.parent)
+        save_config(CheckpointingConfig(save.strategy.backend, save.strategy.version), str(save.aside))
+        publish(save.aside, save.final, self._setup, save.record)
 
 
 def _is_first() -> bool:
@@ -245,70 +232,3 @@ def _wait(caller: TemporalAsyncCaller, timeout: float) -> None:
 def _describe_end(exit_code: int) -> str:
     """In words, if it is an errno of `_write_and_sum`; 1 is that of any other exception."""
     return os.strerror(exit_code) if exit_code > 1 and exit_code in errno.errorcode else f"exit code {exit_code}"
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy a SentencePiece file, or a folder's tokenizer files: a model folder holds weights too, which do not belong here."""
-    target.mkdir()
-    names = TOKENIZER_FILES if source.is_dir() else (source.name,)
-    folder = source if source.is_dir() else source.parent
-    for path in {path for name in names for path in folder.glob(name)}:
-        shutil.copy(path, target)
-
-
-def _write_run_file(aside: Path, setup: RunSetup, record: dict[str, Any]) -> None:
-    source = setup.tokenizer.source
-    full = {
-        "format": FORMAT,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **record,
-        "encoder": vars(setup.encoder),
-        "vocab_size": setup.vocab_size,
-        "padded_vocab_size": setup.padded_vocab_size,
-        "tokenizer": {
-            "path": TOKENIZER_FOLDER if source.is_dir() else f"{TOKENIZER_FOLDER}/{source.name}",
-            "fingerprint": setup.tokenizer.fingerprint,
-        },
-        "data": setup.data_record,
-        "parallel": vars(setup.layout),
-        "backend": setup.backend.name,
-        "config": setup.config.as_dict(),
-        "versions": {name: metadata.version(name) for name in ("torch", "megatron-core")},
-        "files": _collect_sums(aside),
-    }
-    with open(aside / RUN_FILE, "w") as file:
-        json.dump(redact(full), file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync(aside)
-
-
-def _collect_sums(aside: Path) -> dict[str, dict[str, Any]]:
-    """Sums of all files: the shards' from the processes that wrote them, the few others' taken here."""
-    sums: dict[str, dict[str, Any]] = {}
-    for path in aside.glob(SUMS.format(rank="*")):
-        sums.update(json.loads(path.read_text()))
-        path.unlink()
-    names = [str(path.relative_to(aside)) for path in aside.rglob("*") if path.is_file()]
-    missing = [name for name in names if name.endswith(".distcp") and name not in sums]
-    if missing:
-        raise RuntimeError(f"the writers left no sums of {', '.join(sorted(missing))}")
-    sums.update(describe_files(aside, [name for name in names if name not in sums]))
-    return dict(sorted(sums.items()))
-
-
-def _sync(folder: Path) -> None:
-    """Make renames in a folder last through a crash of the machine."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove_checkpoint(checkpoint: Path) -> None:
-    """Take a published checkpoint away; it is whole under its name until it is gone."""
-    aside = checkpoint.with_name(f".removing-{checkpoint.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    checkpoint.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)

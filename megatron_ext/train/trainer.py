@@ -14,13 +14,13 @@ from megatron.core import parallel_state
 
 from megatron_ext.checkpoint_files import read_run_file
 from megatron_ext.config import RunConfig
-from megatron_ext.data.batch_log import BatchLog
 from megatron_ext.data.loader import BatchBuilder, StepData, TrainingLoader
 from megatron_ext.model.encoder import EncoderModel
 from megatron_ext.runtime.cpu import patch_megatron
 from megatron_ext.runtime.topology import process_groups, rank_from_environment, world_size_from_environment
 from megatron_ext.runtime.watchdog import Watchdog
 from megatron_ext.train.agreement import Agreement
+from megatron_ext.train.batch_log import BatchLog
 from megatron_ext.train.build import build_model, wrap_model
 from megatron_ext.train.changes import as_records, check_changes
 from megatron_ext.train.checkpoint import load_checkpoint

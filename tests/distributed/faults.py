@@ -185,7 +185,7 @@ def shard_sums(checkpoint: Path) -> dict[str, str]:
 
 def assert_whole(checkpoint: Path) -> None:
     """Every byte is as recorded, nothing is unrecorded, and every tensor can be read."""
-    assert find_damage(checkpoint) == []
+    assert find_damage(checkpoint) == {}
     recorded = json.loads((checkpoint / "run.json").read_text())["files"]
     names = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
     assert names - {"run.json"} == set(recorded)

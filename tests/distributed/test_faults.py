@@ -123,6 +123,41 @@ def test_resume_auto_goes_back_to_the_newest_sound_checkpoint(corpus: Corpus, un
     assert final(folder) == final(undisturbed)
 
 
+def test_a_record_that_is_gone_or_changed_is_damage_too(corpus: Corpus, undisturbed: Path, tmp_path: Path) -> None:
+    folder = copy_of(undisturbed, tmp_path / "run", range(9, 12))
+    records = [path / "run.json" for path in published(folder)]
+    records[1].write_text(records[1].read_text().replace('"step": 10,', '"step": 11,', 1))
+    records[2].unlink()
+    with Job(small_tree(corpus, folder, STEPS, 1, resume="auto"), tmp_path) as run:
+        finished(run)
+        assert run.metrics()[0]["step"] == 10
+    assert sorted(leftovers(folder)) == [f"damaged-{checkpoint_name(step)}" for step in (10, 11)]
+    assert final(folder) == final(undisturbed)
+
+
+def test_checkpoints_of_a_newer_version_are_left_as_they_are(corpus: Corpus, undisturbed: Path, tmp_path: Path) -> None:
+    folder = copy_of(undisturbed, tmp_path / "run", range(9, 11))
+    newest = published(folder)[-1] / "run.json"
+    newest.write_text(newest.read_text().replace('"format": 1,', '"format": 2,', 1))
+    with Job(small_tree(corpus, folder, STEPS, 1, resume="auto"), tmp_path) as run:
+        assert "has format 2" in error_of(run)
+    assert [path.name for path in (folder / "checkpoints").iterdir() if path.name not in map(checkpoint_name, (9, 10))] == []
+
+
+def test_a_branch_that_is_started_again_goes_on(corpus: Corpus, undisturbed: Path, tmp_path: Path) -> None:
+    """As torchrun or a requeue starts it: with the arguments of the first attempt."""
+    start = undisturbed / "checkpoints" / checkpoint_name(4)
+    tree = small_tree(corpus, tmp_path / "branch", STEPS, 1, resume=str(start))
+    with Job(tree, tmp_path) as killed:
+        killed.wait_until(lambda: len(published(tmp_path / "branch")) > 2, "three checkpoints")
+        killed.kill_all()
+    begun = published(tmp_path / "branch")[-1].name
+    with Job(tree, tmp_path) as again:
+        finished(again)
+        assert [line["resumed_from"] for line in again.metrics() if "resumed_from" in line] == [int(begun[5:])]
+    assert final(tmp_path / "branch") == final(undisturbed)
+
+
 def test_damage_that_leaves_nothing_to_go_on_from_ends_the_run(corpus: Corpus, undisturbed: Path, tmp_path: Path) -> None:
     named = copy_of(undisturbed, tmp_path / "named", range(1, 3)) / "checkpoints" / checkpoint_name(2)
     name = damage(named, "a flipped bit")

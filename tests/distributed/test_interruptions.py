@@ -210,6 +210,36 @@ def test_all_changes_are_listed_and_shapes_cannot_be_overridden(
     assert "resume_changes names 'training.sed'" in refused(capfd, tree)
 
 
+def test_a_changed_address_is_listed_without_its_password(
+    corpus: Corpus,
+    one_rank: dict[str, Run],  # noqa: F811
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    tracking = {"mlflow": False, "uri": "http://alice:s3cr3t-hunter2@localhost:1"}
+    tree = config_tree(corpus, tmp_path / "run", {}, resume=str(one_rank["whole"].checkpoint(4)), tracking=tracking)
+    run_on_ranks(run_training, 1, [tree])
+    said = capfd.readouterr().err
+    assert "resume: tracking.uri was None and is http://***@localhost:1" in said
+    assert "hunter2" not in said
+    record = (tmp_path / f"run/checkpoints/step_{TOTAL:08d}/run.json").read_text()
+    assert "hunter2" not in record and "tracking.uri" in record
+
+
+def test_a_later_phase_that_is_taken_out_is_listed(
+    corpus: Corpus,
+    one_rank: dict[str, Run],  # noqa: F811
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    tree = config_tree(corpus, tmp_path / "run", {}, resume=str(one_rank["whole"].checkpoint(2)))
+    tree["phases"] = tree["phases"][:1]
+    tree["optimizer"]["decay_steps"] = 0
+    tree["resume_changes"] = ["optimizer"]
+    run_on_ranks(run_training, 1, [tree])
+    assert "resume: phases.1 was PhaseConfig(" in capfd.readouterr().err
+
+
 def batch_log(folder: Path) -> dict[int, tuple[Any, ...]]:
     """sample -> what the log says of it; a sample that was logged twice must be logged alike."""
     found: dict[int, tuple[Any, ...]] = {}

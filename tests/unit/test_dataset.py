@@ -1,5 +1,6 @@
 """Samples of Megatron data sets against a reconstruction that concatenates and cuts, blends and splits against their definition."""
 
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -267,3 +268,24 @@ def test_sentences_of_a_document_stay_together(tmp_path: Path) -> None:
     assert documents.lengths.tolist() == [9, 5]
     assert documents.read(0, 3, 5).tolist() == [3, 4, 5, 6, 7]
     assert documents.read(1, 1, 4).tolist() == [21, 22, 23, 24]
+
+
+def test_threads_that_are_in_different_epochs_do_not_disturb_each_other(prefix: str) -> None:
+    """The log of what was trained on looks samples up while the loader is two steps ahead."""
+    shared, alone = blocks(prefix, 8), blocks(prefix, 8)
+    edge = alone.samples_per_epoch
+    expected = {index: alone.sample(index).tokens.tolist() for index in range(3 * edge)}
+    wrong: list[int] = []
+
+    def read(start: int) -> None:
+        for turn in range(4000):
+            index = (start + turn) % len(expected)
+            if shared.sample(index).tokens.tolist() != expected[index]:
+                wrong.append(index)
+
+    threads = [threading.Thread(target=read, args=(start,)) for start in (0, edge - 2, 2 * edge)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []

@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_ext.data.dataset import SampleSource
 from megatron_ext.data.loader import StepData
+from megatron_ext.train.line_file import LineFile
 
 FOLDER = "batches"
 
@@ -27,9 +28,7 @@ class BatchLog:
             source: where the samples come from.
             rank: data-parallel rank.
         """
-        folder = output_dir / FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(folder / f"data_rank_{rank:04d}.jsonl", "a")  # noqa: SIM115 - closed with the process
+        self._lines = LineFile(output_dir / FOLDER / f"data_rank_{rank:04d}.jsonl")
         self._source = source
 
     def write(self, data: StepData, phase: str) -> None:
@@ -45,8 +44,7 @@ class BatchLog:
                     "tokens": _sum(self._source.sample(sample).tokens),
                     "seen": _seen(batch, place * length, length),
                 }
-                self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+                self._lines.append(json.dumps(line))
 
 
 def _seen(batch: Any, start: int, length: int) -> str:
