@@ -6,8 +6,9 @@ server that uses a file store cannot be told from one with a database; there a c
 
 A step that ran twice, because a run was killed and continued from an earlier checkpoint, counts as it ran last, as in
 `metrics.jsonl`. What had not been delivered of the first attempt never is; what had been stays, for MLflow deletes no reading.
-A value that came out equal is then not sent again, so MLflow's history gets a second point, with the later time, only where a
-value differs: speed, mostly. (A second one in any case, if the process was killed between a delivery and its acknowledgement.)
+A value that the server has already is then not sent again, so MLflow's history gets a second point, with the later time, only
+where a value differs: speed, mostly. What it has is asked, not remembered: a reading before the acknowledged place may have been
+left out because the step was to be run again, and that attempt may have been killed in its turn.
 """
 
 import logging
@@ -69,7 +70,8 @@ class Delivery:
         self._artifact_failures = 0
         self._checked_runs: set[str] = set()
         self._starts = Starts([])
-        self._sent_before: dict[tuple[str, int, str], float] = {}
+        self._run_again_until: dict[str, int] = {}
+        self._stored: dict[tuple[str, str], dict[int, float]] = {}
 
     def deliver_next(self) -> bool:
         """Deliver some records in one go; False if there are none.
@@ -116,9 +118,9 @@ class Delivery:
         self._client = client
 
     def _read_reruns(self) -> None:
-        """Find the starts, and what of the steps that a later start runs again has been delivered already."""
+        """Find the starts, and up to which step a run may be known to the server although a later start runs it again."""
         self._starts = Starts(self.spool.starts())
-        self._sent_before = {}
+        self._run_again_until, self._stored = {}, {}
         if len(self._starts.found) < 2:
             return
         for offset, _, record in self.spool.records(0):
@@ -126,7 +128,7 @@ class Delivery:
                 break
             if record["kind"] == "metrics" and self._starts.supersede(offset, record["step"]):
                 key = self._starts.before(offset)["run_key"]
-                self._sent_before.update({(key, record["step"], name): value for name, value in record["metrics"].items()})
+                self._run_again_until[key] = max(self._run_again_until.get(key, 0), record["step"])
 
     def _next_batch(self) -> list[tuple[int, int, dict[str, Any]]]:
         """One record, or as many readings and tags as go in one request."""
@@ -200,17 +202,14 @@ class Delivery:
         tags: dict[str, str] = {}
         metrics: list[Any] = []
         refused: Refused = []
-        repeated: list[tuple[str, int, str]] = []
         for offset, _, record in batch:
             tags.update(record.get("tags", {}))
             if record["kind"] == "tags" or self._starts.supersede(offset, record["step"]):
                 continue
             for name, value in record["metrics"].items():
-                point = (key, record["step"], name)
-                if point in self._sent_before:
-                    repeated.append(point)
-                    if _equal(self._sent_before[point], value):
-                        continue
+                may_be_there = record["step"] <= self._run_again_until.get(key, -1)
+                if may_be_there and _equal(self._last_value(run_id, name, record["step"]), value):
+                    continue
                 if isinstance(value, int | float):
                     metrics.append(Metric(name, float(value), record["time"], record["step"]))
                 else:
@@ -220,9 +219,14 @@ class Delivery:
         items = [*metrics, *(RunTag(name, value) for name, value in tags.items())]
         for first in range(0, len(items), ITEMS_PER_BATCH):
             refused += self._log(run_id, items[first : first + ITEMS_PER_BATCH])
-        for point in repeated:
-            self._sent_before.pop(point, None)
         return refused
+
+    def _last_value(self, run_id: str, name: str, step: int) -> float | None:
+        """What the server had of a metric at a step when it was first asked; the reading of the latest time."""
+        if (run_id, name) not in self._stored:
+            found = sorted(self._client.get_metric_history(run_id, name), key=lambda metric: metric.timestamp)
+            self._stored[run_id, name] = {metric.step: metric.value for metric in found}
+        return self._stored[run_id, name].get(step)
 
     def _not_stored_yet(self, run_id: str, metrics: list[Any]) -> list[Any]:
         stored = {

@@ -110,7 +110,7 @@ def lives_until(job: Job, condition: Callable[[], bool], what: str) -> bool:
 
 def disturb(job: Job, chance: random.Random, figures: Figures) -> None:
     """Let a job get on a little, then kill it, or a rank of it."""
-    goal = lines_of(job.output_dir) + chance.randint(3, 14)
+    goal = lines_of(job.output_dir) + chance.randint(5, 25)
     if not lives_until(job, lambda: lines_of(job.output_dir) >= goal, "some steps more"):
         return
     kind = chance.choice(["rank", "job", "save", "save"])
@@ -169,13 +169,17 @@ def batches_of(output_dir: Path) -> tuple[dict[int, set[tuple[Any, ...]]], int]:
 
 
 def count_lost_metrics(output_dir: Path, figures: Figures) -> None:
-    """Every point of metrics.jsonl, as one story of the run, must be in MLflow."""
+    """Every step must be in metrics.jsonl, and every point of it, as one story of the run, in MLflow."""
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{output_dir / 'mlflow.db'}")
     (run,) = client.search_runs([client.get_experiment_by_name("megatron_ext").experiment_id])
     known: dict[str, set[tuple[int, float]]] = {}
-    for record in read_metrics(output_dir):
+    records = read_metrics(output_dir)
+    figures.metrics_lost += len(
+        set(range(1, figures.steps_of_the_plan + 1)) - {record["step"] for record in records if "loss" in record}
+    )
+    for record in records:
         for name, value in record.items():
             if name in ("step", "phase", "time"):
                 continue

@@ -114,6 +114,22 @@ def test_a_step_that_ran_twice_counts_as_it_ran_last(output_dir: Path) -> None:
     assert [found["speed", step] for step in (10, 11, 17, 18)] == [[1.0], [1.0, 2.0], [1.0, 2.0], [2.0]]
 
 
+def test_a_step_that_was_left_out_twice_is_delivered_the_third_time(output_dir: Path) -> None:
+    """The first attempt reaches no server; the second is killed once its thread has passed over what it is to run again."""
+    first = open_run(output_dir, NOWHERE)
+    log(first, range(1, 15))
+    first.finish("KILLED")
+    identity = first.identity()
+    second = open_run(output_dir, record=resumed_from(7, identity))
+    second.finish("KILLED")
+    assert max(step for _, step in points(output_dir)) == 7
+    third = open_run(output_dir, record=resumed_from(7, identity))
+    log(third, range(8, 21))
+    third.finish("FINISHED")
+    assert points(output_dir) == logged(output_dir)
+    assert {step for _, step in logged(output_dir)} == set(range(1, 21))
+
+
 @pytest.mark.parametrize("store", ["sqlite", "file"])
 def test_a_repeated_delivery_changes_nothing(output_dir: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after a delivery and before its acknowledgement was on disk."""
