@@ -11,18 +11,19 @@ PACKAGE = "megatron_ext"
 LONGEST_MODULE = 500
 
 # What each part may import of the package besides itself; an entry stands for the module or folder and all below it.
-CORE = {"secrets", "errors", "config", "checkpoint_files", "tree"}
+CORE = {"secrets", "errors", "regular_file", "config", "checkpoint_files", "tree"}
 ALLOWED = {
     "": set(),
     "secrets": set(),
     "tree": set(),
     "errors": {"secrets"},
+    "regular_file": {"secrets", "errors"},
     "config_tree": {"secrets", "errors"},
     "config_yaml": {"secrets", "errors", "config_tree"},
     "config": {"secrets", "errors", "config_tree", "config_yaml"},
     "run_record": {"secrets", "errors"},
-    "checkpoint_files": {"secrets", "errors", "run_record"},
-    "unpickling": {"secrets", "errors", "checkpoint_files"},
+    "checkpoint_files": {"secrets", "errors", "regular_file", "run_record"},
+    "unpickling": {"secrets", "errors", "regular_file", "checkpoint_files"},
     "objective": CORE,
     "runtime": CORE,
     "data": CORE | {"objective", "runtime"},
