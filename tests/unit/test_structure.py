@@ -32,7 +32,7 @@ ALLOWED = {
     "hf": CORE | {"unpickling", "objective", "data.tokenizer", "model.presets"},
     "plan": CORE | {"objective", "runtime", "data", "model"},
     "evaluation": {"secrets", "errors"},
-    "doctor": CORE | {"unpickling", "objective", "runtime", "data", "model", "train", "hf", "plan", "evaluation"},
+    "doctor": CORE | {"run_record", "unpickling", "objective", "runtime", "data", "model", "train", "hf", "plan", "evaluation"},
     "study": CORE | {"unpickling", "objective", "runtime", "data", "model", "train", "hf", "plan", "evaluation"},
 }
 MAY_IMPORT_MEGATRON = {"runtime", "data", "model", "train", "plan", "doctor"}
