@@ -155,6 +155,31 @@ def test_a_package_outside_its_range_is_a_problem(monkeypatch: pytest.MonkeyPatc
     assert "4.51.0" in report.problems[0]
 
 
+BROKEN = {
+    "transformer_engine": ("raise AssertionError('no kernels\\nfor this GPU')", "AssertionError: no kernels"),
+    "psutil": ("raise ModuleNotFoundError('no psutil')", "ModuleNotFoundError: no psutil"),
+    "megatron": ("raise ModuleNotFoundError('no megatron')", "ModuleNotFoundError: no megatron"),
+    "torch": ("raise OSError('libcudart.so.12: cannot open')", "OSError: libcudart.so.12"),
+}
+
+
+@pytest.mark.parametrize("module", BROKEN)
+def test_a_module_that_cannot_be_imported_is_a_problem_and_the_report_stands(tmp_path: Path, module: str) -> None:
+    source, message = BROKEN[module]
+    (tmp_path / module).mkdir()
+    (tmp_path / module / "__init__.py").write_text(source)
+    done = doctor("--json", path=tmp_path)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+    report = json.loads(done.stdout)
+    assert any(message in problem for problem in report["problems"])
+    assert not any("\n" in problem for problem in report["problems"])
+    assert report["packages"]["numpy"]
+    # megatron-core imports Transformer Engine and lets pass nothing but its absence.
+    assert (report["will_use"] is not None) == (module == "psutil")
+    facts = {name: value for name, value in report.items() if name not in ("check", "ok", "problems", "notes")}
+    assert "software" in render(Report("machine", facts), PLAIN)
+
+
 # --- layouts ---------------------------------------------------------------------------------------------------------------
 
 
