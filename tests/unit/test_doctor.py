@@ -1,5 +1,8 @@
 """The doctor on machines, data sets and samples: what is whole passes, and everything that is broken is named."""
 
+import builtins
+import errno
+import hashlib
 import json
 import os
 import re
@@ -270,6 +273,50 @@ def test_every_break_is_named(own_copy: str, message: str) -> None:
     assert all("\n" not in problem for problem in found)
 
 
+def test_one_flipped_bit_in_the_middle_is_named(own_copy: str, corpus: Corpus) -> None:
+    """The id stays in the vocabulary, so only the sum tells."""
+    recorded = json.loads(Path(own_copy + ".json").read_text())["sha256"]
+    files = {ending: Path(own_copy + ending) for ending in (".bin", ".idx")}
+    assert recorded == {ending: hashlib.sha256(path.read_bytes()).hexdigest() for ending, path in files.items()}
+    middle = os.path.getsize(own_copy + ".bin") // 4 * 2
+    token = struct.unpack_from("<H", files[".bin"].read_bytes(), middle)[0]
+    edit(own_copy + ".bin", middle, struct.pack("<H", token ^ 1))
+    report = check_data(DataQuestion(own_copy, tokenizer=corpus.tokenizer))
+    assert report.problems == [
+        f"copy.bin has SHA-256 {report.facts['sets'][0]['bin_sha256'][:12]}, {recorded['.bin'][:12]} was written"
+    ]
+
+
+def test_sums_that_an_earlier_version_did_not_record_are_a_note(own_copy: str) -> None:
+    tree = json.loads(Path(own_copy + ".json").read_text())
+    Path(own_copy + ".json").write_text(json.dumps({name: value for name, value in tree.items() if name != "sha256"}))
+    report = check_data(DataQuestion(own_copy))
+    assert report.ok, report.problems
+    assert [note.split(" in the")[0] for note in report.notes] == ["SHA-256 not recorded"]
+
+
+@pytest.mark.parametrize("ending", [".bin", ".idx"])
+def test_what_cannot_be_read_is_one_line(own_copy: str, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    """Tests may run as root, who may read everything."""
+    from megatron_ext.data.dataset import dataset_fingerprint
+    from megatron_ext.doctor.index import read_index
+
+    really_open = builtins.open
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> Any:
+        if str(path) == own_copy + ending:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return really_open(path, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "open", refuse)
+    reads = [lambda: dataset_fingerprint(own_copy), lambda: check_data(DataQuestion(own_copy))]
+    for read in reads + ([lambda: read_index(Path(own_copy + ".idx"))] if ending == ".idx" else []):
+        with pytest.raises(UserError, match=r"Permission denied") as caught:
+            read()
+        assert own_copy + ending in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
 def test_a_data_set_without_sidecar_is_checked_with_the_tokenizer_named(own_copy: str, corpus: Corpus) -> None:
     Path(own_copy + ".json").unlink()
     assert problems(own_copy) == []
@@ -362,6 +409,9 @@ def test_a_sample_can_be_shown_under_another_phase_or_objective(run_config: Path
     [
         ({"sample": 10**9}, "the plan ends with sample 1695"),
         ({"sample": -1}, "--sample is -1"),
+        ({"sample": 10**23}, "--sample is 1"),
+        ({"prefix": None, "config": None, "sample": 10**23}, "it must lie between 0 and 9007199254740992"),
+        ({"sample": 0, "sequence_length": 0}, "sequence_length is 0"),
         ({"sample": 0, "phase": 3}, "--phase is 3"),
         ({"sample": 0, "objective": "all"}, "--objective is all"),
         ({"sample": 0, "ratio": 1.5}, "1.5"),
@@ -371,8 +421,9 @@ def test_a_sample_can_be_shown_under_another_phase_or_objective(run_config: Path
         ({"prefix": "elsewhere", "config": None, "phase": 1, "sample": 0}, "--phase is 1"),
     ],
 )
-def test_questions_without_an_answer_are_refused(run_config: Path, changes: dict[str, Any], message: str) -> None:
+def test_questions_without_an_answer_are_refused(run_config: Path, own_copy: str, changes: dict[str, Any], message: str) -> None:
     question = {"prefix": "", "config": run_config, **changes}
+    question["prefix"] = own_copy if question["prefix"] is None else question["prefix"]
     with pytest.raises(UserError) as caught:
         check_data(DataQuestion(**question))
     assert message in str(caught.value)
