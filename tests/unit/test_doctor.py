@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from megatron_ext.doctor.data import DataQuestion, check_data
-from megatron_ext.doctor.equivalence import parse_layout
+from megatron_ext.doctor.equivalence import TOLERANCES, compare, parse_layout
 from megatron_ext.doctor.report import Report
 from megatron_ext.doctor.text import Painter, printable, render, width
 from megatron_ext.errors import UserError
@@ -471,6 +471,21 @@ def test_printable_text_stays_on_its_line() -> None:
     assert printable("\u0301") == "\u25cc\u0301"
     assert printable("שלום")[0] == "\u2068"
     assert [width(text) for text in ("abc", "日本", "e\u0301", "\u2068")] == [3, 4, 1, 0]
+
+
+def test_figures_that_json_lacks_are_null_and_spelled_out() -> None:
+    import torch
+
+    nan, one = torch.tensor([float("nan"), 1.0]), torch.ones(2)
+    found, expected = (
+        {"loss": loss, "predicted": 5, "gradient_norm": norm, "gradients": {"weight": gradient}}
+        for loss, norm, gradient in ((float("nan"), float("inf"), nan), (2.0, 1.0, one))
+    )
+    row = compare(found, expected, TOLERANCES["fp32"])
+    report = Report("equivalence", {"results": [row]}, row["failures"])
+    back = json.loads(json.dumps(report.as_dict(), allow_nan=False))
+    assert (back["ok"], back["results"][0]["loss"], back["results"][0]["gradient_norm_difference"]) == (False, None, None)
+    assert [re.search(r"differs by (\w+)", problem)[1] for problem in back["problems"]] == ["nan", "inf", "nan"]
 
 
 # --- the tool --------------------------------------------------------------------------------------------------------------
