@@ -39,6 +39,14 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[\w-]{1,64}", value, re.ASCII) is not None
 
 
+def _is_versions(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_package(name) and isinstance(version, str) for name, version in value.items())
+
+
+def _is_package(name: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) is not None
+
+
 COUNT = _Kind("a whole number, at least 0", _is_count)
 SIZE = _Kind(f"a whole number from 1 to {LARGEST_SIZE}", lambda value: _is_count(value, 1, LARGEST_SIZE))
 LAYERS = _Kind(f"a whole number from 1 to {MOST_LAYERS}", lambda value: _is_count(value, 1, MOST_LAYERS))
@@ -51,6 +59,7 @@ DIGEST = _Kind(
 )
 OBJECT = _Kind("an object", lambda value: isinstance(value, dict))
 OBJECT_OR_NULL = _Kind("null or an object", lambda value: value is None or isinstance(value, dict))
+VERSIONS = _Kind("an object of package names and texts", _is_versions)
 OBJECTS = _Kind("a list of objects", lambda value: isinstance(value, list) and all(isinstance(item, dict) for item in value))
 
 ENCODER = {
@@ -104,9 +113,11 @@ RUN = {
     "data": OBJECTS,
     "parallel": OBJECT,
     "config": OBJECT,
-    "versions": OBJECT,
+    "versions": VERSIONS,
     "files": OBJECT,
 }
+RUN_SINCE = {"changes": OBJECTS, "skipped_steps": COUNT, "skipped_in_a_row": COUNT}
+"""Keys that checkpoints of earlier versions lack."""
 
 
 def parse_run_record(text: str, source: str, version: int) -> dict[str, Any]:
@@ -131,9 +142,9 @@ def parse_run_record(text: str, source: str, version: int) -> dict[str, Any]:
         raise UnreadableError(f"{source} has format {found!r:.40}: this version reads format {version}")
     if _is_deeper_than(record, DEEPEST_NESTING):
         raise UserError(f"{source} cannot be read as JSON (nested too deeply)")
-    _check(record, RUN, source, "")
+    _check(record, RUN | _present(RUN_SINCE, record), source, "")
     _check(record["config"], CONFIG, source, "config.")
-    known = {name: kind for name, kind in ENCODER_SINCE.items() if name in record["encoder"]}
+    known = _present(ENCODER_SINCE, record["encoder"])
     _check(record["encoder"], ENCODER | known, source, "encoder.")
     unknown = sorted(record["encoder"].keys() - ENCODER.keys() - known.keys())
     if unknown:
@@ -146,11 +157,17 @@ def parse_run_record(text: str, source: str, version: int) -> dict[str, Any]:
     for name, table in (("data", DATA_SET), ("phases", PHASE)):
         for number, item in enumerate(record[name]):
             _check(item, table, source, f"{name}[{number}].")
+    if record["phases"] and record["step"] > record["phases"][-1]["end_step"]:
+        raise UserError(f"{source}: step is {record['step']}, but its phases end with step {record['phases'][-1]['end_step']}")
     for name, item in record["files"].items():
         if not isinstance(item, dict):
             raise UserError(f"{source}: files[{name!r:.200}] is {item!r:.40}: it must be an object")
         _check(item, FILE, source, f"files[{name!r:.200}].")
     return record
+
+
+def _present(table: dict[str, _Kind], values: dict[str, Any]) -> dict[str, _Kind]:
+    return {name: kind for name, kind in table.items() if name in values}
 
 
 def _check(values: dict[str, Any], table: dict[str, _Kind], source: str, place: str) -> None:

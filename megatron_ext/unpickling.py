@@ -18,6 +18,7 @@ import io
 import itertools
 import json
 import math
+import os
 import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -39,11 +40,17 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_ext.checkpoint_files import check_links, inside
 from megatron_ext.errors import UserError, one_line
+from megatron_ext.regular_file import read_small_file
 
 INDEX_FILE = ".metadata"
 COMMON_FILE = "common.pt"
 BACKEND_FILE = "metadata.json"
 BACKEND = "torch_dist"
+
+LARGEST_INDEX = 2**30
+"""Bytes of `.metadata`: 78,080 entries take 11 MB."""
+LARGEST_COMMON = 2**30
+LARGEST_BACKEND = 2**20
 
 CHECKPOINT = "torch.distributed.checkpoint"
 INDEX_GLOBALS = {
@@ -123,8 +130,9 @@ def read_metadata(checkpoint: Path) -> Metadata:
     """
     path = inside(checkpoint, INDEX_FILE, f"checkpoint {checkpoint}")
     try:
-        with open(path, "rb") as file:
-            index = _IndexUnpickler(file).load()
+        index = _IndexUnpickler(io.BytesIO(read_small_file(path, LARGEST_INDEX))).load()
+    except UserError:
+        raise
     except _ForeignGlobalError as error:
         raise _foreign(checkpoint, INDEX_FILE, str(error)) from None
     except Exception as error:  # a damaged pickle raises anything
@@ -284,7 +292,7 @@ def refuse_foreign_code(checkpoint: Path) -> Metadata:
     check_links(checkpoint)
     _check_backend(checkpoint)
     metadata = read_metadata(checkpoint)
-    if (checkpoint / COMMON_FILE).is_file():
+    if os.path.lexists(checkpoint / COMMON_FILE):  # whatever it is, megatron would open it
         read_common(checkpoint)
     objects = [
         (metadata.storage_data[MetadataIndex(name)], name)
@@ -306,10 +314,10 @@ def read_common(checkpoint: Path) -> dict[Any, Any]:
         UserError: it is missing, damaged, or holds code.
     """
     try:
-        with open(checkpoint / COMMON_FILE, "rb") as file:
-            common = _load_plain(torch.load, file, checkpoint, COMMON_FILE)
+        content = read_small_file(checkpoint / COMMON_FILE, LARGEST_COMMON)
     except OSError as error:
         raise UserError(f"checkpoint {checkpoint}: {COMMON_FILE} cannot be read ({error.strerror})") from None
+    common = _load_plain(torch.load, io.BytesIO(content), checkpoint, COMMON_FILE)
     if not isinstance(common, dict):
         raise UserError(f"checkpoint {checkpoint}: {COMMON_FILE} holds {_name(common)} where a dictionary is expected")
     return common
@@ -323,7 +331,7 @@ def _check_backend(checkpoint: Path) -> None:
     """megatron picks its reader by this file."""
     path = checkpoint / BACKEND_FILE
     try:
-        tree = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"sharded_backend": BACKEND}
+        tree = json.loads(read_small_file(path, LARGEST_BACKEND)) if path.exists() else {"sharded_backend": BACKEND}
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"checkpoint {checkpoint}: {BACKEND_FILE} cannot be read ({one_line(error)})") from None
     found = tree.get("sharded_backend") if isinstance(tree, dict) else tree

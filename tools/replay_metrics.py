@@ -7,12 +7,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_ext.errors import run_command
+from megatron_ext.errors import CommandLine, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         description="Deliver to MLflow what a training run could not: the records left in its mlflow_spool.jsonl.",
         epilog="Exit code: 0 when all is delivered; 1 when the server is not well or refuses records; 2 for a wrong argument.",
     )

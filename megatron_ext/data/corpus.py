@@ -17,10 +17,11 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from megatron_ext.checkpoint_files import sha256
 from megatron_ext.data.readers import (
     ReaderSettings,
     Reject,
@@ -64,6 +65,7 @@ class DatasetInfo:
     rejected: dict[str, int]
     inputs: list[dict[str, Any]]  # path, bytes, sha256
     settings: str  # SHA-256 over the format version, the tokenizer and the reader settings
+    sha256: dict[str, str] = field(default_factory=dict)  # of `.bin` and `.idx`; empty in sidecars of earlier versions
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def preprocess(
 def read_dataset_info(prefix: Path) -> DatasetInfo | None:
     """The sidecar of a data set; None where there is none (a data set of stock Megatron). Raises `UserError` if it is damaged."""
     path = Path(f"{prefix}.json")
-    if not path.is_file():
+    if not os.path.isfile(path):
         return None
     try:
         info = DatasetInfo(**json.loads(path.read_text(encoding="utf-8")))
@@ -167,6 +169,8 @@ def read_dataset_info(prefix: Path) -> DatasetInfo | None:
     for name, kind in get_type_hints(DatasetInfo).items():
         if not isinstance(getattr(info, name), getattr(kind, "__origin__", kind)):
             raise UserError(f"data set {prefix}: {path} is not a sidecar of tools/preprocess_data.py ({name} has a wrong type)")
+    if not all(isinstance(digest, str) for digest in info.sha256.values()):
+        raise UserError(f"data set {prefix}: {path} is not a sidecar of tools/preprocess_data.py (sha256 has a wrong type)")
     return info
 
 
@@ -319,7 +323,8 @@ def _join(jobs: list[_Job], prefix: Path, rejects_path: Path, tokenizer: Tokeniz
     finally:
         gc.unfreeze()
     builder.finalize(f"{aside}.idx")
-    _write_json(Path(f"{aside}.json"), asdict(info))
+    sums = {ending: sha256(Path(aside + ending)) for ending in (".bin", ".idx")}
+    _write_json(Path(f"{aside}.json"), asdict(replace(info, sha256=sums)))
     for ending in (".bin", ".idx"):
         os.replace(aside + ending, f"{prefix}{ending}")
     if info.rejected:

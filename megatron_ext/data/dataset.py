@@ -296,15 +296,25 @@ def open_blend(sources: Sequence[DataSource], share: int, shares: Sequence[float
 
 
 def dataset_fingerprint(prefix: str) -> str:
-    """SHA-256 over a data set's index and over the size and both ends of its token file (1 MiB each)."""
+    """SHA-256 over a data set's index and over the size and both ends of its token file (1 MiB each).
+
+    Quick at the start of every run, and blind to the middle of the token file: the doctor holds that against the sidecar's sum.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
     digest = hashlib.sha256()
-    with open(prefix + ".idx", "rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    with open(prefix + ".bin", "rb") as file:
-        size = file.seek(0, 2)
-        digest.update(str(size).encode())
-        for start in (0, max(0, size - 2**20)):
-            file.seek(start)
-            digest.update(file.read(2**20))
+    try:
+        with open(prefix + ".idx", "rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+        with open(prefix + ".bin", "rb") as file:
+            size = file.seek(0, 2)
+            digest.update(str(size).encode())
+            for start in (0, max(0, size - 2**20)):
+                file.seek(start)
+                digest.update(file.read(2**20))
+    except OSError as error:
+        name = error.filename or f"{prefix}.idx or .bin"
+        raise UserError(f"data set {prefix}: {name} cannot be read ({error.strerror or error})") from None
     return digest.hexdigest()

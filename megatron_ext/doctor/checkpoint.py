@@ -3,7 +3,7 @@
 What `run.json` says is held against what can be worked out from its own configuration, and against the files.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from megatron_ext.config import RunConfig, from_dict
 from megatron_ext.doctor.report import Report
 from megatron_ext.errors import UserError
 from megatron_ext.objective import OBJECTIVES, Phase, PhasePlan
+from megatron_ext.run_record import LARGEST_COUNT
 from megatron_ext.runtime.capabilities import check_apex, installed_version
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 MOMENTS = ("optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq.")
 """Prefixes of AdamW's two moments, before the parameter's name."""
 UNFINISHED = (".writing-", ".removing-")
+BATCH, LENGTH = "training.global_batch_size", "data.sequence_length"
+"""Sizes that a resume may change, which samples and tokens follow from."""
 MOST_NAMES = 3
 """Tensors named in one line; the others are counted."""
 
@@ -71,7 +74,7 @@ def check_checkpoint(checkpoint: Path) -> Report:
         _check_counters(checkpoint, record, config, found)
         _check_tokenizer(checkpoint, record, found)
         _check_tensors(checkpoint, record, config, found)
-        _check_optimizer_steps(checkpoint, record["step"], PhasePlan.from_config(config), found)
+        _check_optimizer_steps(checkpoint, record, PhasePlan.from_config(config), found)
         _note_versions(record["versions"], found)
     except UserError as error:
         found.problems.append(str(error))
@@ -88,14 +91,22 @@ def _note_versions(versions: dict[str, str], found: Report) -> None:
 def _check_files(checkpoint: Path, record: dict[str, Any], found: Report) -> None:
     found.problems += find_damage(checkpoint).values()
     there = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if not path.is_dir()}
-    strays = sorted(there - record["files"].keys() - {RUN_FILE})
+    strays = sorted(name for name in there - record["files"].keys() - {RUN_FILE} if not _is_branch_note(name))
     found.problems += [f"{name} is there, but {RUN_FILE} does not name it" for name in strays]
     found.facts |= {"files": len(record["files"]), "bytes": sum(entry["bytes"] for entry in record["files"].values())}
 
 
+def _is_branch_note(name: str) -> bool:
+    """What a run leaves in the checkpoint that it starts from; a name with a dot in front was not finished."""
+    from megatron_ext.train.retention import BRANCHES
+
+    folder, _, note = name.partition("/")
+    return folder == BRANCHES and "/" not in note and note.endswith(".json") != note.startswith(".")
+
+
 def _check_counters(checkpoint: Path, record: dict[str, Any], config: RunConfig, found: Report) -> None:
     """Step, phase, samples and tokens follow from the configuration."""
-    from megatron_ext.model.presets import build_encoder_config
+    from megatron_ext.model.presets import EncoderConfig, build_encoder_config
 
     step, plan = record["step"], PhasePlan.from_config(config)
     found.facts |= {name: record[name] for name in ("step", "phase", "samples", "tokens", "predicted_tokens", "flops")}
@@ -105,19 +116,52 @@ def _check_counters(checkpoint: Path, record: dict[str, Any], config: RunConfig,
         found.problems.append(f"step {step} lies outside the plan of {plan.total_steps} steps")
         return
     phase = plan.phase_at(step - 1)
-    samples = step * config.training.global_batch_size
-    tokens = samples * config.data.sequence_length
-    expected = {"phase": phase.name, "samples": samples, "tokens": tokens, "causal": _is_causal(phase)}
+    expected: dict[str, Any] = {"phase": phase.name, "causal": _is_causal(phase)}
     expected["encoder"] = vars(build_encoder_config(config.model))
+    written = record | {"encoder": vars(EncoderConfig(**record["encoder"]))}  # with the fields that earlier versions lack
+    consumed = _consumed(record, config)
+    if consumed is None:
+        found.problems.append(f"the changes in {RUN_FILE} do not lead to its configuration: samples and tokens were not checked")
+    else:
+        expected |= consumed
     for name, value in expected.items():
-        if record[name] != value:
-            found.problems.append(f"{name} is {record[name]} in {RUN_FILE}, but step {step} of its configuration gives {value}")
-    if not 0 <= record["predicted_tokens"] <= tokens:
-        found.problems.append(f"predicted_tokens is {record['predicted_tokens']} of {tokens} tokens")
+        if written[name] != value:
+            found.problems.append(f"{name} is {written[name]} in {RUN_FILE}, but step {step} of its configuration gives {value}")
+    if record["predicted_tokens"] > record["tokens"]:
+        found.problems.append(f"predicted_tokens is {record['predicted_tokens']} of {record['tokens']} tokens")
     if [(entry["name"], entry["start_step"], entry["end_step"]) for entry in record["phases"]] != [
         (entry.name, entry.start_step, entry.end_step) for entry in plan.phases
     ]:
         found.problems.append(f"the phases in {RUN_FILE} are not those of its configuration")
+
+
+def _consumed(record: dict[str, Any], config: RunConfig) -> dict[str, int] | None:
+    """Samples and tokens of the steps up to the checkpoint, each step under the sizes that it ran with.
+
+    A resume may change these sizes by name; `changes` keeps from which step on, and what they were before.
+
+    Returns:
+        None if the changes are not of sizes that follow one another up to those of the configuration.
+    """
+    sizes = {BATCH: config.training.global_batch_size, LENGTH: config.data.sequence_length}
+    samples, tokens, end = 0, 0, record["step"]
+    changes = [change for change in record.get("changes", []) if change.get("field") in (BATCH, LENGTH)]
+    for change in [*reversed(changes), {"step": 0}]:
+        start = change.get("step")
+        if not _is_whole(start, 0, end):
+            return None
+        samples += (end - start) * sizes[BATCH]
+        tokens += (end - start) * sizes[BATCH] * sizes[LENGTH]
+        end = start
+        if "field" in change:
+            if change.get("now") != sizes[change["field"]] or not _is_whole(change.get("before"), 1, LARGEST_COUNT):
+                return None
+            sizes[change["field"]] = change["before"]
+    return {"samples": samples, "tokens": tokens}
+
+
+def _is_whole(value: Any, lowest: int, highest: int) -> bool:
+    return type(value) is int and lowest <= value <= highest
 
 
 def _is_causal(phase: Phase) -> bool:
@@ -179,25 +223,48 @@ def _optimizer_shapes(reader: "CheckpointReader", shapes: dict[str, Any], config
     return {prefix + key: shape for prefix in prefixes for key, shape in shapes.items()}
 
 
-def _check_optimizer_steps(checkpoint: Path, step: int, plan: PhasePlan, found: Report) -> None:
-    """AdamW counts its steps since the last phase that reset it."""
-    from megatron_ext.unpickling import read_common
+def _check_optimizer_steps(checkpoint: Path, record: dict[str, Any], plan: PhasePlan, found: Report) -> None:
+    """AdamW counts its steps since the last phase that reset it, but not the skipped ones, whose places nobody kept."""
+    from megatron_ext.unpickling import COMMON_FILE, read_common
 
-    counted = {int(count) for count in _step_counts(read_common(checkpoint))}
+    if COMMON_FILE not in record["files"] and not (checkpoint / COMMON_FILE).exists():
+        found.notes.append(f"there is no {COMMON_FILE}, as megatron-core 0.19 writes none: AdamW's step count was not checked")
+        return
+    step, skipped = record["step"], record.get("skipped_steps", 0)
     resets = [phase.start_step for phase in plan.phases if phase.resets_optimizer and phase.start_step < step]
     expected = step - max(resets, default=0)
-    if counted != {expected}:
+    counted = _step_counts(read_common(checkpoint))
+    # One number in all groups; none if there was no step to count.
+    if len(counted) > 1 or not expected - skipped <= next(iter(counted), 0) <= expected:
         has = ", ".join(map(str, sorted(counted))) or "nothing"
-        found.problems.append(f"AdamW has counted {has} as its steps, {expected} since its last reset are expected")
+        less = f" (or up to {skipped} less, for {skipped} skipped in the whole run)" if skipped else ""
+        found.problems.append(f"AdamW has counted {has} as its steps, {expected}{less} since its last reset are expected")
 
 
-def _step_counts(tree: Any) -> Iterator[Any]:
-    """The `step` of every parameter group in a nested state."""
-    if isinstance(tree, dict):
-        yield from (group["step"] for group in tree.get("param_groups", ()) if "step" in group)
-    for value in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ():
-        if isinstance(value, dict | list | tuple):
-            yield from _step_counts(value)
+def _step_counts(common: dict[Any, Any]) -> set[int]:
+    """The `step` of every parameter group in a nested state, which may be of any form and even hold itself."""
+    counts, seen, waiting = set(), set(), [common]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        waiting += [inner for inner in _inner(value) if isinstance(inner, dict | list | tuple)]
+        groups = value.get("param_groups") if isinstance(value, dict) else None
+        counts |= {_number(group["step"]) for group in _inner(groups) if isinstance(group, dict) and "step" in group}
+    return counts
+
+
+def _inner(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+
+
+def _number(count: Any) -> int:
+    """A whole number, also one in a tensor; -1 for what counts nothing."""
+    try:
+        return int(count)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return -1
 
 
 def _compare_shapes(found_tensors: dict[str, Any], shapes: dict[str, Any], what: str, found: Report) -> None:

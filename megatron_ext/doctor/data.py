@@ -1,7 +1,7 @@
 """A data set's files held against each other and against the tokenizer, and sample i as a run sees it."""
 
 import dataclasses
-import struct
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,10 @@ from megatron_ext.config import (
     TrainingConfig,
     ValidationConfig,
 )
+from megatron_ext.doctor.index import Damaged, Index, read_index
 from megatron_ext.doctor.report import Report
 from megatron_ext.doctor.sample import show_sample
+from megatron_ext.doctor.sums import check_sums
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.capabilities import check_apex
 
@@ -28,9 +30,6 @@ if TYPE_CHECKING:
     from megatron_ext.data.corpus import DatasetInfo
     from megatron_ext.data.tokenizer import Tokenizer
 
-HEADER = struct.Struct("<9sQBQQ")
-"""Magic, version, dtype code, number of sequences, number of document edges."""
-VERSION = 1
 TOKENS_AT_ONCE = 2**24
 SEQUENCE_LENGTH = 2048
 
@@ -57,23 +56,6 @@ class DataQuestion:
     seed: int | None = None
 
 
-class Damaged(Exception):
-    """A file that cannot be read further; the message is one line."""
-
-
-@dataclass(frozen=True)
-class Index:
-    """An `.idx` file, read without megatron's reader."""
-
-    dtype: np.dtype
-    lengths: np.ndarray
-    """[sequences] int64 tokens in each."""
-    pointers: np.ndarray
-    """[sequences] int64 bytes before each."""
-    edges: np.ndarray
-    """[documents + 1] int64: the sequence that each document begins with, and the end."""
-
-
 def check_data(question: DataQuestion) -> Report:
     """Verify one data set, or those of a configuration, and show a sample if one is asked for.
 
@@ -85,7 +67,10 @@ def check_data(question: DataQuestion) -> Report:
     prefixes = _prefixes(question, config)
     report = Report("data", {"sets": [], "sample": None})
     for prefix in prefixes:
-        report.facts["sets"].append(_check_set(prefix, question, config, report, many=len(prefixes) > 1))
+        try:
+            report.facts["sets"].append(_check_set(prefix, question, config, report, many=len(prefixes) > 1))
+        except OSError as error:
+            raise UserError(f"data set {prefix}: {error.filename or prefix} cannot be read ({error.strerror or error})") from None
     if question.sample is None:
         return report
     try:
@@ -109,7 +94,7 @@ def _load(question: DataQuestion) -> RunConfig | None:
         return None
     config, _ = load_config(["--config", str(question.config)])
     tokenizer = str(question.tokenizer or config.data.tokenizer)
-    length = question.sequence_length or config.data.sequence_length
+    length = config.data.sequence_length if question.sequence_length is None else question.sequence_length
     seed = config.training.seed if question.seed is None else question.seed
     return dataclasses.replace(
         config,
@@ -131,7 +116,7 @@ def _prefixes(question: DataQuestion, config: RunConfig | None) -> list[str]:
                 raise UserError(f"--data {question.prefix} is none of the data sets of --config {question.config}")
     for prefix in found:
         for ending in (".bin", ".idx"):
-            if not Path(prefix + ending).is_file():
+            if not os.path.isfile(prefix + ending):  # unlike Path.is_file it says no where it may not look
                 raise UserError(f"data set {prefix}: there is no file {prefix}{ending}")
     return found
 
@@ -141,7 +126,7 @@ def _made_up_config(question: DataQuestion, report: Report) -> RunConfig:
     tokenizer = question.tokenizer or report.facts["sets"][0]["tokenizer"]
     if tokenizer is None:
         raise UserError("--sample needs --tokenizer: the data set does not name one that is there")
-    length = question.sequence_length or SEQUENCE_LENGTH
+    length = SEQUENCE_LENGTH if question.sequence_length is None else question.sequence_length
     source = DataSource(prefix=question.prefix)
     return RunConfig(
         output_dir=".",
@@ -175,6 +160,7 @@ def _check_set(prefix: str, question: DataQuestion, config: RunConfig | None, re
         found.problems.append(str(error))
     if info is not None:
         _check_sidecar(info, facts, tokenizer, found)
+        facts |= check_sums(prefix, info, found)
     facts |= {
         "tokenizer": str(tokenizer.source) if tokenizer else None,
         "tokenizer_fingerprint": tokenizer.fingerprint if tokenizer else None,
@@ -200,38 +186,6 @@ def _tokenizer(question: DataQuestion, config: RunConfig | None, info: "DatasetI
     except UserError as error:
         found.notes.append(f"the tokenizer that the data set names cannot be read: {error}")
         return None
-
-
-def read_index(path: Path) -> Index:
-    """Read an index.
-
-    Raises:
-        Damaged: it is no index, or not as long as its header says.
-    """
-    from megatron.core.datasets.indexed_dataset import DType
-
-    from megatron_ext.data.dataset import INDEX_MAGIC
-
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        header = file.read(HEADER.size)
-    if len(header) < HEADER.size or not header.startswith(INDEX_MAGIC):
-        raise Damaged(f"{path.name} is not a Megatron index")
-    _, version, code, sequences, edges = HEADER.unpack(header)
-    if version != VERSION:
-        raise Damaged(f"{path.name} has version {version}: {VERSION} is known")
-    try:
-        dtype = np.dtype(DType.dtype_from_code(code))
-    except ValueError:
-        raise Damaged(f"{path.name} has the dtype code {code}, which is none of Megatron's") from None
-    needed = HEADER.size + 12 * sequences + 8 * edges
-    if size not in (needed, needed + sequences):  # multimodal sets have a byte more for each sequence
-        raise Damaged(f"{path.name} has {size} bytes: {sequences} sequences and {edges} document edges need {needed}")
-    content = np.memmap(path, dtype=np.uint8, mode="r")
-    at = HEADER.size
-    lengths = content[at : (at := at + 4 * sequences)].view("<i4")
-    pointers = content[at : (at := at + 8 * sequences)].view("<i8")
-    return Index(dtype, lengths.astype(np.int64), pointers, content[at : at + 8 * edges].view("<i8"))
 
 
 def _check_pair(

@@ -1,21 +1,24 @@
 """What this machine has, what it lacks and what that costs, and what a run would use."""
 
+import importlib
 import os
 import platform
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_ext.doctor.report import Report
+from megatron_ext.errors import UserError, one_line
 from megatron_ext.runtime.capabilities import (
     Apex,
     architecture,
     find_apex,
     has_fp8_units,
     installed_version,
+    is_there,
     refusal_of,
     transformer_engine_problem,
 )
@@ -23,8 +26,9 @@ from megatron_ext.runtime.capabilities import (
 if TYPE_CHECKING:
     from megatron_ext.runtime.backend import Backend
 
+ENGINE = "transformer-engine"
 OPTIONAL = {
-    "transformer-engine": "layers are plain torch modules: attention runs document by document, norms are not fused, no FP8",
+    ENGINE: "layers are plain torch modules: attention runs document by document, norms are not fused, no FP8",
     "flash-attn": "Transformer Engine then attends with cuDNN's kernels; the local layers use what torch brings along",
 }
 """Distributions that a run can do without, and what that costs."""
@@ -32,48 +36,74 @@ LIMITS = {"open files": resource.RLIMIT_NOFILE, "locked memory": resource.RLIMIT
 FEW_OPEN_FILES = 4096
 SMALL_SHARED_MEMORY = 2**30
 PACKAGE = "megatron_ext"
+NO_COMMUNICATION = {"gloo": False, "nccl": False, "nccl_version": None, "cuda_version": None, "cudnn_version": None}
+Found = TypeVar("Found")
 
 
 def check_machine() -> Report:
     """Look at this machine; a problem is what would stop a run or spoil it. Takes a few seconds, most of them imports."""
-    import torch
-
     report = Report("machine")
     apex = find_apex()
+    has_torch = _or(None, report, "torch cannot be imported", lambda: importlib.import_module("torch")) is not None
+    gpus, links = _look_through_torch(report) if has_torch else ([], NO_COMMUNICATION)
     engine_problem = transformer_engine_problem()
     report.facts = {
-        "system": _system(),
-        "gpus": _gpus(),
-        "communication": _communication(),
-        "packages": _packages(report),
+        "system": _system(report, has_torch),
+        "gpus": gpus,
+        "communication": links,
+        "packages": _or({}, report, "the required packages cannot be looked up", lambda: _packages(report)),
         "transformer_engine": {"version": installed_version("transformer-engine"), "problem": engine_problem},
         "apex": vars(apex),
         "flash_attention": installed_version("flash-attn"),
         "will_use": None,
     }
-    report.facts["fp8"] = _fp8(report.facts["gpus"], engine_problem)
+    report.facts["fp8"] = _fp8(gpus, engine_problem)
     _check_apex(report, apex, engine_problem)
     _note_what_is_missing(report, engine_problem)
     _note_limits(report)
-    if apex.kind != "foreign":  # otherwise importing megatron-core would run the foreign package
-        report.facts["will_use"] = _will_use()
-    if torch.cuda.is_available() and not report.facts["communication"]["nccl"]:
+    if has_torch and apex.kind != "foreign":  # otherwise importing megatron-core would run the foreign package
+        report.facts["will_use"] = _or(None, report, "what a run would use cannot be found out", _will_use)
+    if gpus and not links["nccl"]:
         report.problems.append("there is a GPU, but this torch has no NCCL: training on GPUs needs it")
     return report
 
 
-def _system() -> dict[str, Any]:
+def _or(fallback: Found, report: Report, complaint: str, look: Callable[[], Found]) -> Found:
+    """What `look` finds. A broken package raises anything when it is imported or asked: that is a problem, and the fallback."""
+    try:
+        return look()
+    except Exception as error:
+        report.problems.append(f"{complaint} ({error if isinstance(error, UserError) else one_line(error)})")
+        return fallback
+
+
+def _look_through_torch(report: Report) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    gpus = _or([], report, "the GPUs cannot be looked at", _gpus)
+    return gpus, _or(NO_COMMUNICATION, report, "torch.distributed cannot be looked at", _communication)
+
+
+def _memory() -> tuple[int | None, int | None]:
     import psutil
+
+    return _memory_limit(psutil.virtual_memory().total), psutil.virtual_memory().available
+
+
+def _cpu_capability() -> str:
     import torch
 
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def _system(report: Report, has_torch: bool) -> dict[str, Any]:
     shared, here = Path("/dev/shm"), Path.cwd()
+    memory, available = _or((None, None), report, "the memory cannot be looked at", _memory)
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": len(os.sched_getaffinity(0)),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "memory_bytes": _memory_limit(psutil.virtual_memory().total),
-        "memory_available_bytes": psutil.virtual_memory().available,
+        "cpu_capability": _or(None, report, "the CPU cannot be looked at", _cpu_capability) if has_torch else None,
+        "memory_bytes": memory,
+        "memory_available_bytes": available,
         "shared_memory_bytes": shutil.disk_usage(shared).total if shared.is_dir() else None,
         "free_disk_bytes": shutil.disk_usage(here).free,
         "folder": str(here),
@@ -169,10 +199,10 @@ def _check_apex(report: Report, apex: Apex, engine_problem: str | None) -> None:
 
 def _note_what_is_missing(report: Report, engine_problem: str | None) -> None:
     for name, cost in OPTIONAL.items():
-        if installed_version(name) is None:
+        if installed_version(name) is None and not (name == ENGINE and is_there("transformer_engine")):
             report.notes.append(f"{name} is not installed: {cost}")
-        elif name == "transformer-engine" and engine_problem is not None:
-            report.notes.append(f"{name} is installed but cannot be imported ({engine_problem}): {cost}")
+    if is_there("transformer_engine") and engine_problem is not None:
+        report.problems.append(f"{ENGINE} is there but cannot be imported ({engine_problem}): {OPTIONAL[ENGINE]}")
     if report.facts["apex"]["kind"] == "none" and engine_problem is not None:
         report.notes.append("NVIDIA Apex is not installed either: AdamW runs on torch's fused kernel, which costs nothing")
     if not report.facts["gpus"]:

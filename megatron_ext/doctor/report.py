@@ -1,5 +1,6 @@
 """What a check found, in a form that prints as text and as JSON."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,5 +24,13 @@ class Report:
         return not self.problems
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"check": self.check, "ok": self.ok, "problems": self.problems, "notes": self.notes, **self.facts}
+        """For JSON, which has neither NaN nor infinity: such a figure becomes null, and a problem spells it out."""
+        return _plain({"check": self.check, "ok": self.ok, "problems": self.problems, "notes": self.notes, **self.facts})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,6 +7,7 @@ from megatron_ext.config import RunConfig
 from megatron_ext.doctor.report import Report
 from megatron_ext.errors import UserError
 from megatron_ext.objective import OBJECTIVES, Objective, Phase
+from megatron_ext.run_record import LARGEST_COUNT
 
 if TYPE_CHECKING:
     from megatron_ext.data.batch import MicroBatch
@@ -32,8 +33,8 @@ def show_sample(config: RunConfig, question: "DataQuestion", report: Report) -> 
     from megatron_ext.train.preflight import prepare
 
     index = question.sample
-    if index is None or index < 0:
-        raise UserError(f"--sample is {index}: it must not be negative")
+    if index is None or not 0 <= index <= LARGEST_COUNT:
+        raise UserError(f"--sample is {index}: it must lie between 0 and {LARGEST_COUNT}")
     setup = prepare(config, world_size=1)
     step = index // config.training.global_batch_size
     phase = _phase(setup, question, step)

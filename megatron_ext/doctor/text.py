@@ -94,8 +94,8 @@ def machine_lines(facts: dict[str, Any], paint: Painter) -> list[str]:
     ]
     limits = ", ".join(f"{name} {_limit(name, value)}" for name, value in system["limits"].items())
     hardware = [
-        ("cpu", f"{system['cores']} cores, {system['cpu_capability']}"),
-        ("memory", f"{size(system['memory_bytes'])}, {size(system['memory_available_bytes'])} available"),
+        ("cpu", f"{system['cores']} cores, {system['cpu_capability'] or 'of a kind that only torch knows'}"),
+        ("memory", _memory(system["memory_bytes"], system["memory_available_bytes"])),
         ("shared memory", size(system["shared_memory_bytes"])),
         ("free disk", f"{size(system['free_disk_bytes'])} in {system['folder']}"),
         ("limits", limits),
@@ -125,6 +125,10 @@ def machine_lines(facts: dict[str, Any], paint: Painter) -> list[str]:
         for row in used["attention"]
     ]
     return lines + table(rows, ("objective", "documents", "attention", "mask type", "applied to"))
+
+
+def _memory(total: int | None, available: int | None) -> str:
+    return "unknown" if total is None else f"{size(total)}, {size(available)} available"
 
 
 def _limit(name: str, value: int | None) -> str:

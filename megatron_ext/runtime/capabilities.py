@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from megatron_ext.errors import UserError
+from megatron_ext.errors import UserError, one_line
 
 APEX_PARTS = ("optimizers/fused_adam.py", "multi_tensor_apply/__init__.py", "normalization/__init__.py")
 """Files of NVIDIA's Apex, below its package folder, that megatron-core imports from."""
@@ -39,16 +39,13 @@ class Apex:
 
 def find_apex() -> Apex:
     """Look at the `apex` that Python would import, without importing it."""
-    try:
-        spec = importlib.util.find_spec("apex")
-    except (ImportError, ValueError):  # a half-loaded module
-        spec = None
-    if spec is None:
+    if not is_there("apex"):
         return Apex("none")
+    spec = importlib.util.find_spec("apex")
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     is_nvidia = any(all((folder / part).is_file() for part in APEX_PARTS) for folder in folders)
     location = str(folders[0]) if folders else spec.origin
-    has_extensions = is_nvidia and importlib.util.find_spec("amp_C") is not None
+    has_extensions = is_nvidia and is_there("amp_C")
     return Apex("nvidia" if is_nvidia else "foreign", location, _distribution("apex"), has_extensions)
 
 
@@ -87,9 +84,17 @@ def transformer_engine_problem() -> str | None:
     """Why Transformer Engine's torch modules cannot be imported; None if they can."""
     try:
         import transformer_engine.pytorch  # noqa: F401
-    except (ImportError, OSError) as error:
-        return (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # it loads libraries, asks for GPUs and asserts: anything may come
+        return one_line(error)
     return None
+
+
+def is_there(module: str) -> bool:
+    """Whether Python finds a module of this name, without importing it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # a half-loaded module
+        return False
 
 
 def has_transformer_engine() -> bool:

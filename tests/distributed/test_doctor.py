@@ -165,6 +165,11 @@ def shrink_encoder(checkpoint: Path) -> None:
     change_record(checkpoint, encoder=encoder)
 
 
+def batch_change(step: int, before: Any, now: int) -> dict[str, Any]:
+    """What `run.json` keeps of a batch size that was changed by name."""
+    return {"step": step, "field": "training.global_batch_size", "before": before, "now": now, "effect": "", "final": False}
+
+
 BREAKS = {
     "SHA-256": flip_a_bit,
     "is missing": lambda checkpoint: first_shard(checkpoint).unlink(),
@@ -178,7 +183,14 @@ BREAKS = {
     "tokens is 8": lambda checkpoint: change_record(checkpoint, tokens=8),
     "phase is 0-clm": lambda checkpoint: change_record(checkpoint, phase="0-clm"),
     "causal is True": lambda checkpoint: change_record(checkpoint, causal=True),
-    "outside the plan of 3 steps": lambda checkpoint: change_record(checkpoint, step=4),
+    "step is 4, but its phases end with step 3": lambda checkpoint: change_record(checkpoint, step=4),
+    "outside the plan of 3 steps": lambda checkpoint: change_record(checkpoint, step=4, phases=[]),
+    "branches/notes.txt is there": lambda checkpoint: (
+        (checkpoint / "branches").mkdir(),
+        (checkpoint / "branches/notes.txt").touch(),
+    ),
+    "do not lead to its configuration": lambda checkpoint: change_record(checkpoint, changes=[batch_change(1, 8, 12)]),
+    "samples is 48 in run.json, but": lambda checkpoint: change_record(checkpoint, changes=[batch_change(1, 8, 16)]),
     "AdamW has counted 2": lambda checkpoint: change_record(checkpoint, step=2),
     "belongs to no parameter": shrink_encoder,
     "has the shape": shrink_encoder,
@@ -221,6 +233,56 @@ def test_values_that_are_not_finite_are_found_behind_right_sums(checkpoint: Path
     found = check_checkpoints(checkpoint).problems
     assert [problem.split()[0] for problem in found] == list(keys)
     assert all("not finite" in problem for problem in found)
+
+
+@pytest.mark.parametrize(
+    "skipped, counted, passes", [(0, 2, True), (1, 1, True), (1, 2, True), (2, 0, True), (1, 0, False), (0, 1, False)]
+)
+def test_skipped_steps_are_not_counted_by_adamw(checkpoint: Path, skipped: int, counted: int, passes: bool) -> None:
+    common = torch.load(checkpoint / "common.pt", weights_only=True)
+    for group in common["optimizer"]["param_groups"]:
+        group["step"] = counted
+    torch.save(common, checkpoint / "common.pt")
+    change_record(checkpoint, skipped_steps=skipped, files=describe_files(checkpoint, list(record_of(checkpoint)["files"])))
+    found = check_checkpoints(checkpoint).problems
+    assert found == [] if passes else [f"AdamW has counted {counted}" in problem for problem in found] == [True]
+
+
+def test_a_branch_leaves_a_checkpoint_whole(checkpoint: Path, corpus: Corpus, tmp_path: Path) -> None:
+    from megatron_ext.config import from_dict
+    from megatron_ext.train.retention import note_branch
+
+    note_branch(checkpoint, from_dict(config_tree(corpus, tmp_path / "branch", {})))
+    assert len(list((checkpoint / "branches").iterdir())) == 1
+    assert check_checkpoints(checkpoint).problems == []
+
+
+def test_a_checkpoint_without_common_pt_passes_with_a_word(checkpoint: Path) -> None:
+    (checkpoint / "common.pt").unlink()
+    assert any("common.pt is missing" in problem for problem in check_checkpoints(checkpoint).problems)
+    change_record(checkpoint, files={name: entry for name, entry in record_of(checkpoint)["files"].items() if name != "common.pt"})
+    report = check_checkpoints(checkpoint)
+    assert report.problems == []
+    assert "step count was not checked" in report.notes[0]
+
+
+def test_sizes_changed_on_the_way_are_counted_as_they_were(checkpoint: Path) -> None:
+    record = record_of(checkpoint)
+    batch, length = record["config"]["training"]["global_batch_size"], record["config"]["data"]["sequence_length"]
+    changes = [batch_change(1, 8, 4), {**batch_change(1, 16, length), "field": "data.sequence_length"}, batch_change(2, 4, batch)]
+    sums = {"samples": 8 + 4 + batch, "tokens": 8 * 16 + 4 * length + batch * length, "predicted_tokens": 1}
+    change_record(checkpoint, changes=changes, **sums)
+    assert check_checkpoints(checkpoint).problems == []
+
+
+def test_a_checkpoint_of_an_earlier_version_passes(checkpoint: Path) -> None:
+    from megatron_ext.run_record import ENCODER, RUN_SINCE
+
+    record = record_of(checkpoint)
+    record["encoder"] = {name: record["encoder"][name] for name in ENCODER}
+    old = {key: value for key, value in record.items() if key not in RUN_SINCE}
+    (checkpoint / "run.json").write_text(json.dumps(old))
+    assert check_checkpoints(checkpoint).problems == []
 
 
 def test_other_versions_are_a_note(checkpoint: Path) -> None:

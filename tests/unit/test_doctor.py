@@ -1,5 +1,8 @@
 """The doctor on machines, data sets and samples: what is whole passes, and everything that is broken is named."""
 
+import builtins
+import errno
+import hashlib
 import json
 import os
 import re
@@ -14,7 +17,7 @@ import numpy as np
 import pytest
 
 from megatron_ext.doctor.data import DataQuestion, check_data
-from megatron_ext.doctor.equivalence import parse_layout
+from megatron_ext.doctor.equivalence import TOLERANCES, compare, parse_layout
 from megatron_ext.doctor.report import Report
 from megatron_ext.doctor.text import Painter, printable, render, width
 from megatron_ext.errors import UserError
@@ -155,6 +158,31 @@ def test_a_package_outside_its_range_is_a_problem(monkeypatch: pytest.MonkeyPatc
     assert "4.51.0" in report.problems[0]
 
 
+BROKEN = {
+    "transformer_engine": ("raise AssertionError('no kernels\\nfor this GPU')", "AssertionError: no kernels"),
+    "psutil": ("raise ModuleNotFoundError('no psutil')", "ModuleNotFoundError: no psutil"),
+    "megatron": ("raise ModuleNotFoundError('no megatron')", "ModuleNotFoundError: no megatron"),
+    "torch": ("raise OSError('libcudart.so.12: cannot open')", "OSError: libcudart.so.12"),
+}
+
+
+@pytest.mark.parametrize("module", BROKEN)
+def test_a_module_that_cannot_be_imported_is_a_problem_and_the_report_stands(tmp_path: Path, module: str) -> None:
+    source, message = BROKEN[module]
+    (tmp_path / module).mkdir()
+    (tmp_path / module / "__init__.py").write_text(source)
+    done = doctor("--json", path=tmp_path)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+    report = json.loads(done.stdout)
+    assert any(message in problem for problem in report["problems"])
+    assert not any("\n" in problem for problem in report["problems"])
+    assert report["packages"]["numpy"]
+    # megatron-core imports Transformer Engine and lets pass nothing but its absence.
+    assert (report["will_use"] is not None) == (module == "psutil")
+    facts = {name: value for name, value in report.items() if name not in ("check", "ok", "problems", "notes")}
+    assert "software" in render(Report("machine", facts), PLAIN)
+
+
 # --- layouts ---------------------------------------------------------------------------------------------------------------
 
 
@@ -243,6 +271,50 @@ def test_every_break_is_named(own_copy: str, message: str) -> None:
     found = problems(own_copy)
     assert any(message in problem for problem in found), found
     assert all("\n" not in problem for problem in found)
+
+
+def test_one_flipped_bit_in_the_middle_is_named(own_copy: str, corpus: Corpus) -> None:
+    """The id stays in the vocabulary, so only the sum tells."""
+    recorded = json.loads(Path(own_copy + ".json").read_text())["sha256"]
+    files = {ending: Path(own_copy + ending) for ending in (".bin", ".idx")}
+    assert recorded == {ending: hashlib.sha256(path.read_bytes()).hexdigest() for ending, path in files.items()}
+    middle = os.path.getsize(own_copy + ".bin") // 4 * 2
+    token = struct.unpack_from("<H", files[".bin"].read_bytes(), middle)[0]
+    edit(own_copy + ".bin", middle, struct.pack("<H", token ^ 1))
+    report = check_data(DataQuestion(own_copy, tokenizer=corpus.tokenizer))
+    assert report.problems == [
+        f"copy.bin has SHA-256 {report.facts['sets'][0]['bin_sha256'][:12]}, {recorded['.bin'][:12]} was written"
+    ]
+
+
+def test_sums_that_an_earlier_version_did_not_record_are_a_note(own_copy: str) -> None:
+    tree = json.loads(Path(own_copy + ".json").read_text())
+    Path(own_copy + ".json").write_text(json.dumps({name: value for name, value in tree.items() if name != "sha256"}))
+    report = check_data(DataQuestion(own_copy))
+    assert report.ok, report.problems
+    assert [note.split(" in the")[0] for note in report.notes] == ["SHA-256 not recorded"]
+
+
+@pytest.mark.parametrize("ending", [".bin", ".idx"])
+def test_what_cannot_be_read_is_one_line(own_copy: str, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    """Tests may run as root, who may read everything."""
+    from megatron_ext.data.dataset import dataset_fingerprint
+    from megatron_ext.doctor.index import read_index
+
+    really_open = builtins.open
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> Any:
+        if str(path) == own_copy + ending:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return really_open(path, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "open", refuse)
+    reads = [lambda: dataset_fingerprint(own_copy), lambda: check_data(DataQuestion(own_copy))]
+    for read in reads + ([lambda: read_index(Path(own_copy + ".idx"))] if ending == ".idx" else []):
+        with pytest.raises(UserError, match=r"Permission denied") as caught:
+            read()
+        assert own_copy + ending in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_data_set_without_sidecar_is_checked_with_the_tokenizer_named(own_copy: str, corpus: Corpus) -> None:
@@ -337,6 +409,9 @@ def test_a_sample_can_be_shown_under_another_phase_or_objective(run_config: Path
     [
         ({"sample": 10**9}, "the plan ends with sample 1695"),
         ({"sample": -1}, "--sample is -1"),
+        ({"sample": 10**23}, "--sample is 1"),
+        ({"prefix": None, "config": None, "sample": 10**23}, "it must lie between 0 and 9007199254740992"),
+        ({"sample": 0, "sequence_length": 0}, "sequence_length is 0"),
         ({"sample": 0, "phase": 3}, "--phase is 3"),
         ({"sample": 0, "objective": "all"}, "--objective is all"),
         ({"sample": 0, "ratio": 1.5}, "1.5"),
@@ -346,8 +421,9 @@ def test_a_sample_can_be_shown_under_another_phase_or_objective(run_config: Path
         ({"prefix": "elsewhere", "config": None, "phase": 1, "sample": 0}, "--phase is 1"),
     ],
 )
-def test_questions_without_an_answer_are_refused(run_config: Path, changes: dict[str, Any], message: str) -> None:
+def test_questions_without_an_answer_are_refused(run_config: Path, own_copy: str, changes: dict[str, Any], message: str) -> None:
     question = {"prefix": "", "config": run_config, **changes}
+    question["prefix"] = own_copy if question["prefix"] is None else question["prefix"]
     with pytest.raises(UserError) as caught:
         check_data(DataQuestion(**question))
     assert message in str(caught.value)
@@ -395,6 +471,21 @@ def test_printable_text_stays_on_its_line() -> None:
     assert printable("\u0301") == "\u25cc\u0301"
     assert printable("שלום")[0] == "\u2068"
     assert [width(text) for text in ("abc", "日本", "e\u0301", "\u2068")] == [3, 4, 1, 0]
+
+
+def test_figures_that_json_lacks_are_null_and_spelled_out() -> None:
+    import torch
+
+    nan, one = torch.tensor([float("nan"), 1.0]), torch.ones(2)
+    found, expected = (
+        {"loss": loss, "predicted": 5, "gradient_norm": norm, "gradients": {"weight": gradient}}
+        for loss, norm, gradient in ((float("nan"), float("inf"), nan), (2.0, 1.0, one))
+    )
+    row = compare(found, expected, TOLERANCES["fp32"])
+    report = Report("equivalence", {"results": [row]}, row["failures"])
+    back = json.loads(json.dumps(report.as_dict(), allow_nan=False))
+    assert (back["ok"], back["results"][0]["loss"], back["results"][0]["gradient_norm_difference"]) == (False, None, None)
+    assert [re.search(r"differs by (\w+)", problem)[1] for problem in back["problems"]] == ["nan", "inf", "nan"]
 
 
 # --- the tool --------------------------------------------------------------------------------------------------------------

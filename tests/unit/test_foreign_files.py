@@ -1,15 +1,18 @@
 """Files from elsewhere: what they say is looked at, what they ask to run is not run, where they point is not gone to."""
 
+import contextlib
 import copy
 import dataclasses
 import io
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,8 @@ from megatron_ext.data.demo_corpora import read_members
 from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.errors import UserError
 from megatron_ext.model.presets import EncoderConfig, nano
-from megatron_ext.run_record import ENCODER
+from megatron_ext.regular_file import read_small_file
+from megatron_ext.run_record import ENCODER, ENCODER_SINCE
 from tests.unit.test_config import TREE
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +78,7 @@ def test_a_whole_record_is_read(tmp_path: Path) -> None:
 
 
 def test_the_record_knows_the_encoders_fields() -> None:
-    assert list(ENCODER) == [field.name for field in dataclasses.fields(EncoderConfig)]
+    assert [*ENCODER, *ENCODER_SINCE] == [field.name for field in dataclasses.fields(EncoderConfig)]
 
 
 @pytest.mark.parametrize("key", sorted(RECORD))
@@ -119,6 +123,14 @@ def test_missing_keys_are_named(tmp_path: Path, key: str) -> None:
         (lambda r: r["files"].update({"x": {"bytes": -1, "sha256": DIGEST}}), r"files\['x'\].bytes is -1"),
         (lambda r: r["files"].update({"x": 3}), r"files\['x'\] is 3: it must be an object"),
         (lambda r: r["versions"].update(nested(30)), "nested too deeply"),
+        (lambda r: r["versions"].update({"": "1"}), "it must be an object of package names and texts"),
+        (lambda r: r["versions"].update({"../torch": "1"}), "it must be an object of package names and texts"),
+        (lambda r: r["versions"].update(torch=None), "it must be an object of package names and texts"),
+        (lambda r: r.update(changes={}), "changes is {}: it must be a list of objects"),
+        (lambda r: r.update(changes=["seed"]), r"changes is \['seed'\]: it must be a list of objects"),
+        (lambda r: r.update(skipped_steps="2"), "skipped_steps is '2': it must be a whole number"),
+        (lambda r: r.update(skipped_in_a_row=-1), "skipped_in_a_row is -1: it must be a whole number"),
+        (lambda r: r.update(step=5), "step is 5, but its phases end with step 4"),
     ],
 )
 def test_impossible_records_are_one_line(tmp_path: Path, edit: Edit, message: str) -> None:
@@ -145,6 +157,52 @@ def test_texts_that_are_no_record_are_one_line(tmp_path: Path, text: str, messag
     with pytest.raises(UserError, match=message) as caught:
         read_run_file(write_record(tmp_path, text))
     assert "\n" not in str(caught.value)
+
+
+def test_later_keys_may_be_there(tmp_path: Path) -> None:
+    later = {"changes": [{"step": 2, "field": "training.seed"}], "skipped_steps": 1, "skipped_in_a_row": 0}
+    assert read_run_file(write_record(tmp_path, json.dumps(RECORD | later))) == RECORD | later
+
+
+@contextlib.contextmanager
+def alarm(seconds: int) -> Iterator[None]:
+    """What waits for longer ends with an error."""
+
+    def ring(*_: Any) -> None:
+        raise TimeoutError(f"nothing came for {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_only_small_regular_files_are_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    assert read_small_file(path, 5) == b"12345"
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    wrong = {path: "a file of 5 bytes", tmp_path / "pipe": "a pipe", tmp_path / "folder": "a folder", Path("/dev/zero"): "a device"}
+    for wrong_path, kind in wrong.items():
+        with alarm(10), pytest.raises(UserError, match=f"{wrong_path} is {kind}.* 4 ") as caught:
+            read_small_file(wrong_path, 4)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError):
+        read_small_file(tmp_path / "nothing", 5)
+
+
+@pytest.mark.parametrize("name", [".metadata", "common.pt", "metadata.json"])
+def test_a_pipe_in_a_checkpoint_holds_nobody_up(tmp_path: Path, name: str) -> None:
+    from megatron_ext import unpickling
+
+    os.mkfifo(tmp_path / name)
+    read = {".metadata": unpickling.read_metadata, "common.pt": unpickling.read_common, "metadata.json": unpickling._check_backend}
+    with alarm(10), pytest.raises(UserError, match=f"{name} is a pipe"):
+        read[name](tmp_path)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.checkpoint_files import read_run_file
+from megatron_ext.config import from_dict
+from megatron_ext.doctor.checkpoint import check_checkpoint
+from megatron_ext.doctor.report import Report
+from megatron_ext.doctor.text import Painter, render
 from megatron_ext.errors import UserError
+from megatron_ext.hf.checkpoint_reader import _read_record
 from tests.unit.properties import TEXTS, changed, examples
 from tests.unit.test_properties_config import ANYTHING, FULL
 
+PLAIN = Painter(coloured=False)
 DIGEST = "0123456789abcdef" * 4
+CONFIG = from_dict(
+    {
+        **FULL,
+        "model": {"preset": "nano"},
+        "phases": [{"objective": "clm", "steps": 30}],
+        "data": {**FULL["data"], "sequence_length": 64},
+        "training": {**FULL["training"], "global_batch_size": 8, "micro_batch_size": 1},
+    }
+).as_dict()
 RECORD: dict[str, Any] = {
     "format": 1,
     "step": 30,
     "phase": "0-clm",
     "causal": True,
-    "samples": 240,
-    "tokens": 15360,
-    "predicted_tokens": 15000,
+    "samples": 200,
+    "tokens": 8960,
+    "predicted_tokens": 8000,
     "flops": 1.5e12,
     "phases": [{"name": "0-clm", "start_step": 0, "end_step": 30}],
     "comparison_mask_ratio": 0.4,
@@ -30,7 +46,7 @@ RECORD: dict[str, Any] = {
     "mlflow_run_id": None,
     "run_key": "key-1",
     "encoder": {
-        "num_layers": 2,
+        "num_layers": 4,
         "hidden_size": 64,
         "ffn_hidden_size": 160,
         "num_attention_heads": 4,
@@ -39,7 +55,7 @@ RECORD: dict[str, Any] = {
         "rotary_base": 10000.0,
         "norm_epsilon": 1e-5,
         "init_std": 0.02,
-        "tie_embeddings": True,
+        "tie_embeddings": False,
         "max_position_embeddings": 128,
     },
     "vocab_size": 93,
@@ -47,9 +63,15 @@ RECORD: dict[str, Any] = {
     "tokenizer": {"path": "tokenizer/tokenizer.model", "fingerprint": DIGEST},
     "data": [{"prefix": "set", "split": "train", "weight": 1.0, "fingerprint": DIGEST}],
     "parallel": {"tensor": 1},
-    "config": FULL,
+    "config": CONFIG,
     "versions": {"torch": "2.13.0"},
-    "files": {"__0_0.distcp": {"bytes": 12, "sha256": DIGEST}},
+    "files": {"__0_0.distcp": {"bytes": 12, "sha256": DIGEST}, "common.pt": {"bytes": 12, "sha256": DIGEST}},
+    "changes": [
+        {"step": 10, "field": "training.global_batch_size", "before": 4, "now": 8, "effect": "", "final": False},
+        {"step": 20, "field": "data.sequence_length", "before": 32, "now": 64, "effect": "", "final": False},
+    ],
+    "skipped_steps": 1,
+    "skipped_in_a_row": 0,
 }
 
 
@@ -57,15 +79,43 @@ def read(folder: Path, content: bytes) -> dict[str, Any] | None:
     """The record, or None where it was refused in one line that names the file. Anything else fails."""
     (folder / "run.json").write_bytes(content)
     try:
-        return read_run_file(folder)
+        record = read_run_file(folder)
     except UserError as error:
         assert str(error).isprintable() and str(folder) in str(error), str(error)
         return None
+    report = check_checkpoint(folder)
+    assert report.problems  # there are no tensors
+    json.dumps(report.as_dict())
+    assert "checkpoint: " in render(Report("checkpoint", {"checkpoints": [report.facts]}, report.problems), PLAIN)[-1]
+    return record
+
+
+class EmptyReader:
+    """In place of the reader of a checkpoint's tensors: there are none, but what `run.json` says of them is used all the same."""
+
+    def __init__(self, directory: Path):
+        self.directory, self.record = directory, _read_record(directory)
+        self.tensors: dict[str, Any] = {}
+        self.optimizer_tensors: dict[str, Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def no_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_ext.hf.checkpoint_reader.CheckpointReader", EmptyReader)
+    monkeypatch.setattr("megatron_ext.unpickling.read_common", lambda checkpoint: {"optimizer": {"param_groups": [{"step": 30}]}})
+
+
+def test_the_whole_record_lacks_only_its_files(tmp_path: Path) -> None:
+    """So the examples below reach every check."""
+    read(tmp_path, json.dumps(RECORD).encode())
+    found = check_checkpoint(tmp_path).problems
+    assert len(found) == 5, found
+    assert all(re.search("is missing|no such file", problem) for problem in found), found
 
 
 @examples(60)
 @given(
-    counts=st.tuples(*[st.integers(0, 2**53)] * 3),
+    counts=st.tuples(st.integers(0, 30), *[st.integers(0, 2**53)] * 2),
     flops=st.floats(0, 1e300),
     prefix=TEXTS,
     extra=st.dictionaries(st.text(st.characters(codec="utf-8"), min_size=30, max_size=40), st.integers() | TEXTS, max_size=2),

@@ -11,18 +11,19 @@ PACKAGE = "megatron_ext"
 LONGEST_MODULE = 500
 
 # What each part may import of the package besides itself; an entry stands for the module or folder and all below it.
-CORE = {"secrets", "errors", "config", "checkpoint_files", "tree"}
+CORE = {"secrets", "errors", "regular_file", "config", "checkpoint_files", "tree"}
 ALLOWED = {
     "": set(),
     "secrets": set(),
     "tree": set(),
     "errors": {"secrets"},
+    "regular_file": {"secrets", "errors"},
     "config_tree": {"secrets", "errors"},
     "config_yaml": {"secrets", "errors", "config_tree"},
     "config": {"secrets", "errors", "config_tree", "config_yaml"},
     "run_record": {"secrets", "errors"},
-    "checkpoint_files": {"secrets", "errors", "run_record"},
-    "unpickling": {"secrets", "errors", "checkpoint_files"},
+    "checkpoint_files": {"secrets", "errors", "regular_file", "run_record"},
+    "unpickling": {"secrets", "errors", "regular_file", "checkpoint_files"},
     "objective": CORE,
     "runtime": CORE,
     "data": CORE | {"objective", "runtime"},
@@ -31,7 +32,7 @@ ALLOWED = {
     "hf": CORE | {"unpickling", "objective", "data.tokenizer", "model.presets"},
     "plan": CORE | {"objective", "runtime", "data", "model"},
     "evaluation": {"secrets", "errors"},
-    "doctor": CORE | {"unpickling", "objective", "runtime", "data", "model", "train", "hf", "plan", "evaluation"},
+    "doctor": CORE | {"run_record", "unpickling", "objective", "runtime", "data", "model", "train", "hf", "plan", "evaluation"},
     "study": CORE | {"unpickling", "objective", "runtime", "data", "model", "train", "hf", "plan", "evaluation"},
 }
 MAY_IMPORT_MEGATRON = {"runtime", "data", "model", "train", "plan", "doctor"}
