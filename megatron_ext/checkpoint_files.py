@@ -14,10 +14,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron_ext.errors import UnreadableError, UserError
+from megatron_ext.regular_file import read_small_file
 from megatron_ext.run_record import parse_run_record
 
 FORMAT = 1
 RUN_FILE = "run.json"
+LARGEST_RUN_FILE = 2**26
 RECORD_SUM = "record_sha256"
 """Key of `run.json` with the sum of all the others."""
 
@@ -51,7 +53,7 @@ def read_run_file(checkpoint: Path) -> dict[str, Any]:
     """
     path = checkpoint / RUN_FILE
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_small_file(path, LARGEST_RUN_FILE).decode("utf-8")
     except FileNotFoundError:
         raise UserError(f"checkpoint {checkpoint}: there is no run.json; name a complete .../checkpoints/step_* folder") from None
     except OSError as error:

@@ -171,6 +171,9 @@ def _check_end(setup: RunSetup, record: dict[str, Any]) -> None:
     step, stop = record["step"], setup.config.training.stop_at_step
     if step > setup.plan.total_steps:
         raise UserError(f"resume: the checkpoint is at step {step}, but the plan has {setup.plan.total_steps} steps")
+    planned = PhasePlan.from_config(from_dict(record["config"])).total_steps
+    if step > planned:
+        raise UserError(f"resume: the checkpoint is at step {step}, but the plan in its run.json has {planned} steps")
     if stop is not None and stop < step:
         raise UserError(f"training.stop_at_step is {stop}, but the checkpoint is at step {step} already")
 
