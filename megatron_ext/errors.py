@@ -61,10 +61,15 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def warn(message: str) -> None:
-    """Print one line of warning on stderr, without secrets; a terminal or log file that takes nothing is no reason to stop."""
+def say(message: str) -> None:
+    """Print one line on stderr, without secrets; a terminal or log file that takes nothing is no reason to stop."""
     with contextlib.suppress(OSError):
-        print(f"warning: {printable(redact(message))}", file=sys.stderr, flush=True)
+        print(printable(redact(message)), file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """Print one line of warning as `say` does."""
+    say(f"warning: {message}")
 
 
 def run_command(main: Callable[[], int | None]) -> None:
@@ -83,7 +88,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(SECONDS_FOR_FIRST_RANK)
-        print(f"error: {redact(str(error))}", file=sys.stderr)
+        say(f"error: {error}")
         code = 2
     except Exception:
         print(redact(traceback.format_exc()), end="", file=sys.stderr)

@@ -104,8 +104,8 @@ def rank_from_environment() -> int:
 def process_groups(layout: Layout, backend: Backend, timeout: timedelta = timedelta(minutes=10)) -> Iterator[None]:
     """Context with megatron's groups for this layout, and with the device bound.
 
-    The default process group is made if there is none: from torchrun's environment, or of this one rank on a free local
-    port. What was made is destroyed at the end.
+    The time-out is that of all groups, the default one and megatron's. The default process group is made if there is none: from
+    torchrun's environment, or of this one rank on a free local port. What was made is destroyed at the end.
     """
     makes_default = not torch.distributed.is_initialized()
     initialize(layout, backend, timeout)
@@ -135,4 +135,5 @@ def initialize(layout: Layout, backend: Backend, timeout: timedelta = timedelta(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        distributed_timeout_minutes=timeout / timedelta(minutes=1),  # a fraction is as good: it goes into a timedelta
     )

@@ -4,6 +4,9 @@ Each rank has a thread that reports, through a store of their own, how often its
 code that thread is. When a rank has seen no progress of its own for the time-out, it looks at all reports twice: a rank that
 reports no more has been stopped or has lost its machine; one whose main thread is not inside a collective is the one that all
 others wait for.
+
+The store is kept by rank 0. When that is stopped, calls to it never return, whatever time-out the store was given: they are made
+with a limit of our own.
 """
 
 import contextlib
@@ -21,7 +24,12 @@ from typing import Any
 
 import torch
 
+from megatron_ext.errors import say
+from megatron_ext.runtime.patience import Patience
+
 STORE_TIMEOUT = timedelta(seconds=10)
+SECONDS_AT_END = 10.0
+"""What `Watchdog.at_end` may take."""
 COMMUNICATION = ("torch/distributed/", "tensor_parallel/mappings.py", "p2p_communication.py", "param_and_grad_buffer.py")
 """Parts of the paths of code, torch's and megatron's, in which a rank waits for others: its innermost frame is there."""
 
@@ -57,6 +65,7 @@ class Watchdog:
         self._interval = min(timeout / 4, 5.0)
         self._rank, self._ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self._store = _make_store(self._rank)
+        self._patience = Patience(min(timeout, STORE_TIMEOUT.total_seconds()))
         self._thread_id = threading.get_ident()
         self._activity, self._marks, self._last = "starting", 0, time.monotonic()
         self._beat = 0
@@ -75,7 +84,8 @@ class Watchdog:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stopped.set()
-        self._thread.join()
+        # It may be waiting for the store, or about to end the process; both take no longer than this.
+        self._thread.join(3 * self._patience.seconds + 4 * self._interval + SECONDS_AT_END)
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._interval):
@@ -89,11 +99,11 @@ class Watchdog:
     def _end(self, word: str, speaker: int) -> None:
         """The speaker tells; all stay until the others have read its reports, too, for the first exit ends everything."""
         if self._rank == speaker:
-            print(f"error: no progress for {self._timeout:.0f} s (training.timeout_minutes): {word}", file=sys.stderr, flush=True)
+            say(f"error: no progress for {self._timeout:.0f} s (training.timeout_minutes): {word}")
         ending = threading.Thread(target=self.at_end, daemon=True)
         ending.start()
         time.sleep(4 * self._interval)
-        ending.join(STORE_TIMEOUT.total_seconds())
+        ending.join(SECONDS_AT_END)
         os._exit(self._exit_code)  # the main thread is inside a collective and cannot be interrupted
 
     def _report_quietly(self) -> None:
@@ -114,16 +124,16 @@ class Watchdog:
             f"{os.path.basename(place.filename)}:{place.lineno} ({place.name})",
             "waits": waits,
         }
-        self._store.set(str(self._rank), json.dumps(report))
+        self._patience.call(lambda: self._store.set(str(self._rank), json.dumps(report)))
 
     def _find_culprit(self) -> tuple[str, int]:
         """Read all reports twice; which ranks hold the others up, and the first rank that can tell."""
         try:
-            first = self._read()
+            first = self._patience.call(self._read)
             if self._stopped.wait(2 * self._interval):
                 return "", self._rank
             self._report()
-            second = self._read()
+            second = self._patience.call(self._read)
         except (RuntimeError, OSError):
             return "rank 0 does not answer: its process was stopped, or its machine is gone", self._rank
         answering = [rank for rank, report in second.items() if report is not None and report != first[rank]]

@@ -1,18 +1,25 @@
-"""Two guarded patches of megatron's checkpoint writer, needed on any device, and its differences between versions."""
+"""megatron's checkpoint writer: two guarded patches, needed on any device, an eye on its processes, and what versions differ in."""
 
+import contextlib
 import importlib
 import io
 import multiprocessing
 import os
 import signal
 import threading
+import time
+from collections.abc import Iterator
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 COMMON_FILE = "common.pt"
+SECONDS_BETWEEN_LOOKS = 0.02
+KILLED = 128
+"""A writer that ends because a process that it had started was killed has this exit code and the number of the signal."""
 
 
 def patch_checkpoint_writer() -> None:
@@ -76,6 +83,47 @@ def _end_with_parent() -> None:
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+@contextlib.contextmanager
+def ending_with_its_processes() -> Iterator[None]:
+    """Context in a writer's process, which ends as soon as a process that it has started ends badly.
+
+    megatron's writer shares its files out to processes, and would wait for ever for the word of one that was killed.
+    """
+    done = threading.Event()
+    threading.Thread(target=_watch_processes, args=(done,), daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _watch_processes(done: threading.Event) -> None:
+    while not done.is_set():
+        try:
+            _, status = os.wait()  # multiprocessing does not mind that its processes are waited for here
+        except ChildProcessError:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            continue
+        code = os.waitstatus_to_exitcode(status)
+        if code:
+            _kill_processes(psutil.Process())  # nothing may be written any more once this process has ended
+            os._exit(code if code > 0 else KILLED - code)  # the main thread waits and cannot be interrupted
+
+
+def _kill_processes(parent: psutil.Process) -> None:
+    for process in parent.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def kill_with_its_processes(pid: int) -> None:
+    """Kill a writer and the processes that it has started, which would go on writing without it."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        writer = psutil.Process(pid)
+        _kill_processes(writer)
+        writer.kill()
 
 
 def asynchronous_arguments() -> dict[str, Any]:

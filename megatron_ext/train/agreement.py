@@ -1,5 +1,7 @@
 """What all ranks must know together before a step counts: one exchange of a few flags a step."""
 
+from datetime import timedelta
+
 import torch
 
 
@@ -9,9 +11,13 @@ class Agreement:
     The flags travel between the hosts (gloo), also where the model is on GPUs: nothing waits for a device.
     """
 
-    def __init__(self) -> None:
-        """The process groups must exist; all ranks call it together."""
-        self._group = torch.distributed.new_group(backend="gloo")
+    def __init__(self, timeout: timedelta) -> None:
+        """The process groups must exist; all ranks call it together.
+
+        Args:
+            timeout: how long an exchange waits for a rank, as in the process groups.
+        """
+        self._group = torch.distributed.new_group(backend="gloo", timeout=timeout, group_desc="AGREEMENT")
 
     def any(self, *flags: bool) -> list[bool]:
         """Which of the flags some rank has raised; all ranks call it together with as many flags."""

@@ -1,7 +1,6 @@
 """MLflow as a tracker: what it is to be told goes to the spool at once, and from there to the server on a thread."""
 
 import shlex
-import sys
 import threading
 import uuid
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from megatron_ext.config import RunConfig
-from megatron_ext.errors import warn
+from megatron_ext.errors import say, warn
 from megatron_ext.secrets import has_user_info, redact
 from megatron_ext.train.mlflow_delivery import Delivery, reason_of
 from megatron_ext.train.spool import Spool
@@ -96,10 +95,9 @@ class MlflowTracker:
         self._given_up.set()
         left = self._spool.count(self._delivery.progress.offset)
         if left:
-            print(
+            say(
                 f"MLflow has not taken {left} record(s), which stay in {self._spool.path}; once the server is well, deliver them "
-                f"with: {replay_command(self._output_dir)}",
-                file=sys.stderr,
+                f"with: {replay_command(self._output_dir)}"
             )
 
     def _start(self, config: RunConfig, record: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """When a run saves, what a failed save means, and which checkpoints stay."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ class Saves:
     setup: RunSetup
     saver: CheckpointSaver
     trackers: Trackers
+    mark: Callable[[str], None]
+    """Called with what is being done while a save takes its time."""
     failures: int = 0
     """Saves in a row that failed."""
 
@@ -64,7 +67,7 @@ class Saves:
     def finish(self, is_last: bool = False) -> None:
         """Wait for a save under way, and publish it."""
         if self.saver.is_open:
-            self._take(self.saver.finish(60 * self.setup.config.training.timeout_minutes), is_last)
+            self._take(self.saver.finish(60 * self.setup.config.training.timeout_minutes, self.mark), is_last)
 
     def abandon(self) -> None:
         """The run ends with an error: leave a save under way unfinished."""

@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 import uuid
@@ -27,7 +28,13 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from megatron_ext.checkpoint_files import checkpoint_name, describe_files
 from megatron_ext.errors import UserError
-from megatron_ext.runtime.writer import asynchronous_arguments, common_state_is_missing
+from megatron_ext.runtime.writer import (
+    KILLED,
+    asynchronous_arguments,
+    common_state_is_missing,
+    ending_with_its_processes,
+    kill_with_its_processes,
+)
 from megatron_ext.train.agreement import Agreement
 from megatron_ext.train.checkpoint import sharded_state
 from megatron_ext.train.preflight import RunSetup
@@ -127,11 +134,18 @@ class CheckpointSaver:
             self._save = _Save(final, aside, record, strategy, caller, started, time.perf_counter() - started)
         return self._fail(problem, record, started) if problem else None
 
-    def finish(self, timeout: float) -> Outcome:
-        """Wait for the writers of all ranks and publish; a writer that takes longer than `timeout` seconds is killed."""
+    def finish(self, timeout: float, mark: Callable[[str], None]) -> Outcome:
+        """Wait for the writers of all ranks and publish.
+
+        Args:
+            timeout: seconds after which a writer is killed.
+            mark: called with what is being done again and again while the writers are at work.
+        """
         save, waited = self._save, time.perf_counter()
         assert save is not None, "nothing is being saved"
-        problem = self._first_problem(lambda: _wait(save.caller, timeout))
+        activity = f"waiting for the writers of the checkpoint after step {save.record['step']}"
+        self._wait_for_all(timeout, lambda: mark(activity))
+        problem = self._first_problem(lambda: _take_end(save.caller, timeout))
         results: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(results, save.strategy.writer.retrieve_write_results())
         failed = [result for result in results if not isinstance(result, list)]
@@ -148,9 +162,21 @@ class CheckpointSaver:
     def abandon(self) -> None:
         """Kill this rank's writer: the run ends with an error. Rank 0 may leave a directory that the next run removes."""
         if self._save is not None:
-            if self._save.caller.process is not None:
-                self._save.caller.process.kill()
+            _kill(self._save.caller)
             self._save = None
+
+    def _wait_for_all(self, timeout: float, mark: Callable[[], None]) -> None:
+        """Until all writers have ended or time is up.
+
+        The ranks look together: one that waited alone for a slow writer would hold the others up, and be taken for one that hangs.
+        """
+        end = time.monotonic() + timeout
+        while True:
+            is_writing, is_late = self._agreement.any(self.is_writing, time.monotonic() > end)
+            if is_late or not is_writing:
+                return
+            mark()
+            time.sleep(SECONDS_BETWEEN_LOOKS)
 
     def _make_room(self, final: Path) -> tuple[Path, str | None]:
         """A fresh directory for this attempt: a writer that outlived its run can never write into it."""
@@ -171,8 +197,7 @@ class CheckpointSaver:
 
     def _fail(self, problem: str, record: dict[str, Any], started: float) -> Outcome:
         if self._save is not None:
-            if not _has_ended(self._save.caller):
-                self._save.caller.close(abort=True)
+            _kill(self._save.caller)
             self._save.strategy.writer.retrieve_write_results()  # nothing may be left in the queue for the next save
             torch.distributed.barrier()
             if _is_first():
@@ -205,30 +230,44 @@ def _check_common_state(aside: Path) -> None:
 
 def _write_and_sum(write: Callable[..., None], aside: Path, rank: int, *arguments: Any, **options: Any) -> None:
     """In the forked process: write this rank's shards, then their sizes and sums."""
-    write(rank, *arguments, **options)
+    with ending_with_its_processes():
+        write(rank, *arguments, **options)
     names = sorted(path.name for path in aside.glob(f"__{rank}_*"))
     try:
         (aside / SUMS.format(rank=rank)).write_text(json.dumps(describe_files(aside, names)))
     except OSError as error:
-        sys.exit(error.errno or 1)  # the reason: `_wait` puts it into words
+        sys.exit(error.errno or 1)  # the reason: `_take_end` puts it into words
 
 
 def _has_ended(caller: TemporalAsyncCaller) -> bool:
     return caller.process is None or not caller.process.is_alive()
 
 
-def _wait(caller: TemporalAsyncCaller, timeout: float) -> None:
-    process = caller.process
+def _kill(caller: TemporalAsyncCaller) -> None:
+    if caller.process is not None:
+        kill_with_its_processes(caller.process.pid)
+        caller.close()
+
+
+def _take_end(caller: TemporalAsyncCaller, timeout: float) -> None:
+    process, rank = caller.process, torch.distributed.get_rank()
     if process is not None:
-        process.join(timeout)
         if process.is_alive():
-            caller.close(abort=True)
-            raise TimeoutError(f"the writer of rank {torch.distributed.get_rank()} took longer than {timeout:.0f} s")
+            _kill(caller)
+            raise TimeoutError(f"the writer of rank {rank} took longer than {timeout:.0f} s")
         if process.exitcode != 0:
-            raise RuntimeError(f"the writer of rank {torch.distributed.get_rank()} ended: {_describe_end(process.exitcode)}")
+            raise RuntimeError(f"the writer of rank {rank} ended: {_describe_end(process.exitcode)}")
         caller.close()
 
 
 def _describe_end(exit_code: int) -> str:
-    """In words, if it is an errno of `_write_and_sum`; 1 is that of any other exception."""
+    """In words, if a signal ended it or one of its processes, or an errno of `_write_and_sum`; 1 is that of any other exception."""
+    if exit_code < 0:
+        return f"killed by {_signal_name(-exit_code)}"
+    if exit_code > KILLED:
+        return f"one of its processes was killed by {_signal_name(exit_code - KILLED)}"
     return os.strerror(exit_code) if exit_code > 1 and exit_code in errno.errorcode else f"exit code {exit_code}"
+
+
+def _signal_name(number: int) -> str:
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"

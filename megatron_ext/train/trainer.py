@@ -3,7 +3,6 @@
 import functools
 import math
 import os
-import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +14,7 @@ from megatron.core import parallel_state
 from megatron_ext.checkpoint_files import read_run_file
 from megatron_ext.config import RunConfig
 from megatron_ext.data.loader import BatchBuilder, StepData, TrainingLoader
+from megatron_ext.errors import say
 from megatron_ext.model.encoder import EncoderModel
 from megatron_ext.runtime.cpu import patch_megatron
 from megatron_ext.runtime.topology import process_groups, rank_from_environment, world_size_from_environment
@@ -64,7 +64,7 @@ def train(config: RunConfig) -> int:
     use_all_cores()
     patch_megatron()
     timeout = 60 * config.training.timeout_minutes
-    groups = process_groups(setup.layout, setup.backend, timedelta(seconds=timeout + SECONDS_AFTER_WATCHDOG))
+    groups = process_groups(setup.layout, setup.backend, group_timeout(config))
     held = held_by_this_run(Path(config.output_dir))
     with StopRequest() as stop, groups, Watchdog(timeout, EXIT_HANG) as watchdog, held:
         checkpoint = choose_checkpoint(config, watchdog.mark)
@@ -85,13 +85,18 @@ def train(config: RunConfig) -> int:
     return EXIT_STOPPED if status == "KILLED" else 0
 
 
+def group_timeout(config: RunConfig) -> timedelta:
+    """The time-out of all process groups."""
+    return timedelta(minutes=config.training.timeout_minutes, seconds=SECONDS_AFTER_WATCHDOG)
+
+
 def _continue_from(setup: RunSetup, checkpoint: Path) -> dict[str, Any]:
     """What the checkpoint says of its run, once it is clear that this run may go on from there."""
     record = read_run_file(checkpoint)
     changes = check_changes(setup, record)
     if rank_from_environment() == 0:
         for change in changes:
-            print(f"resume: {change}", file=sys.stderr)
+            say(f"resume: {change}")
     record = {**record, "changes": [*record.get("changes", []), *as_records(changes, record["step"])]}
     if is_same_run(setup.config, checkpoint):
         return record
@@ -155,7 +160,7 @@ class Trainer:
         optimizer = build_optimizer(config.optimizer, chunks, setup.dtype, setup.layout.distributed_optimizer)
         rank = parallel_state.get_data_parallel_rank()
         builder = BatchBuilder(setup.training_data, config.data, setup.vocabulary, config.training.seed)
-        agreement = Agreement()
+        agreement = Agreement(group_timeout(config))
         folder = checkpoint_folder(config)
         return cls(
             setup=setup,
@@ -167,7 +172,7 @@ class Trainer:
             optimizer=optimizer,
             loader=TrainingLoader(builder, setup.plan, config.training, rank, setup.layout.data),
             agreement=agreement,
-            saves=Saves(folder, setup, CheckpointSaver(folder, setup, bare, optimizer, agreement), trackers),
+            saves=Saves(folder, setup, CheckpointSaver(folder, setup, bare, optimizer, agreement), trackers, watchdog.mark),
             skipped=SkippedSteps(Path(config.output_dir), config.training.max_skipped_steps),
             speed=SpeedMeter(_total_peak(setup)),
             batch_log=_batch_log(setup, rank),
@@ -187,7 +192,7 @@ class Trainer:
         """Run the steps that are left, or until a signal comes."""
         last = self.setup.config.training.stop_at_step or self.setup.plan.total_steps
         if self.step == last and rank_from_environment() == 0:
-            print(f"step {self.step} of {last}: nothing is left to do", file=sys.stderr)
+            say(f"step {self.step} of {last}: nothing is left to do")
         try:
             self._loop(last)
             self.saves.finish(is_last=True)
@@ -300,7 +305,7 @@ class Trainer:
     def _tell_stopped(self) -> None:
         if rank_from_environment() == 0:
             name = self.stop.signal_name or "a signal to another rank"
-            print(f"stopped by {name} after step {self.step}, which was saved: --resume auto continues it", file=sys.stderr)
+            say(f"stopped by {name} after step {self.step}, which was saved: --resume auto continues it")
 
 
 def _batch_log(setup: RunSetup, rank: int) -> BatchLog | None:

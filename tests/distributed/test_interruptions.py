@@ -1,25 +1,20 @@
-"""Signals, steps that are not finite, a rank that hangs, changed configurations: what a run does, with real processes."""
+"""Signals, steps that are not finite, changed configurations: what a run does, with real processes."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from megatron_ext.config import from_dict
 from megatron_ext.runtime.launch import run_on_ranks
-from megatron_ext.train.stopping import EXIT_HANG, EXIT_STOPPED
+from megatron_ext.train.stopping import EXIT_STOPPED
 from tests.conftest import Corpus
 from tests.distributed.faults import Job
 from tests.distributed.test_training import TOTAL, Run, config_tree, one_rank, refused, run_training  # noqa: F401
 
-ROOT = Path(__file__).resolve().parents[2]
 BAD_SAMPLE = 37
 """In step 2 (from 0 on) of 16 samples each, in the micro-batch of samples 36 and 37."""
 
@@ -114,54 +109,6 @@ def test_too_many_steps_that_are_not_finite_end_the_run(corpus: Corpus, tmp_path
     capfd.readouterr()
     assert "training.max_skipped_steps 1" in str(caught.value)
     assert len((tmp_path / "run/skipped_steps.jsonl").read_text().splitlines()) == 2
-
-
-HANGS = """
-import sys, time, os, signal
-from megatron_ext.errors import run_command
-from megatron_ext.model.encoder import EncoderModel
-import pretrain_encoder
-
-forward, calls = EncoderModel.forward, []
-
-def hanging(self, *args, **kwargs):
-    calls.append(0)
-    if os.environ["RANK"] == "1" and len(calls) == 6:
-        {hang}
-    return forward(self, *args, **kwargs)
-
-EncoderModel.forward = hanging
-if __name__ == "__main__":
-    run_command(pretrain_encoder.main)
-"""
-
-
-@pytest.mark.parametrize(
-    "hang, word",
-    [
-        ("time.sleep(600)", "rank 1 holds the others up while running step"),
-        # torchrun waits half a minute for a stopped process before it kills it
-        pytest.param("os.kill(os.getpid(), signal.SIGSTOP)", "rank 1 no longer answers", marks=pytest.mark.slow),
-    ],
-    ids=["sleeping", "stopped"],
-)
-def test_a_rank_that_hangs_is_named(hang: str, word: str, corpus: Corpus, tmp_path: Path) -> None:
-    script = tmp_path / "hangs.py"
-    script.write_text(HANGS.format(hang=hang))
-    tree = config_tree(corpus, tmp_path / "run", {}, training={"timeout_minutes": 0.1})
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-    store = f"--rdzv-backend=c10d --rdzv-endpoint=localhost:0 --rdzv-id={os.getpid()}".split()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *store, str(script)]
-        + ["--config", str(tmp_path / "config.yaml")],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert word in errors
-    assert f"exitcode  : {EXIT_HANG}" in errors
 
 
 @pytest.mark.parametrize(
