@@ -13,7 +13,6 @@ from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 COMMON_FILE = "common.pt"
@@ -100,6 +99,8 @@ def ending_with_its_processes() -> Iterator[None]:
 
 
 def _watch_processes(done: threading.Event) -> None:
+    import psutil  # here and below: the doctor reports a machine that lacks it
+
     while not done.is_set():
         try:
             _, status = os.wait()  # multiprocessing does not mind that its processes are waited for here
@@ -112,7 +113,9 @@ def _watch_processes(done: threading.Event) -> None:
             os._exit(code if code > 0 else KILLED - code)  # the main thread waits and cannot be interrupted
 
 
-def _kill_processes(parent: psutil.Process) -> None:
+def _kill_processes(parent: Any) -> None:
+    import psutil
+
     for process in parent.children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
@@ -120,6 +123,8 @@ def _kill_processes(parent: psutil.Process) -> None:
 
 def kill_with_its_processes(pid: int) -> None:
     """Kill a writer and the processes that it has started, which would go on writing without it."""
+    import psutil
+
     with contextlib.suppress(psutil.NoSuchProcess):
         writer = psutil.Process(pid)
         _kill_processes(writer)

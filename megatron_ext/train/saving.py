@@ -244,7 +244,7 @@ def _has_ended(caller: TemporalAsyncCaller) -> bool:
 
 
 def _kill(caller: TemporalAsyncCaller) -> None:
-    if caller.process is not None:
+    if not _has_ended(caller):  # asked first: one that could not be forked has no number
         kill_with_its_processes(caller.process.pid)
         caller.close()
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.checkpoint_files import describe_files
+from megatron_ext.checkpoint_files import describe_files, seal
 from megatron_ext.doctor import equivalence
 from megatron_ext.doctor.checkpoint import check_checkpoints
 from megatron_ext.doctor.text import Painter, render
@@ -137,9 +137,8 @@ def checkpoint(runs: Path, tmp_path: Path) -> Path:
 
 
 def change_record(checkpoint: Path, **changes: Any) -> None:
-    """Write other values into run.json."""
-    path = checkpoint / "run.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    """Write other values into run.json, with the sum that belongs to them."""
+    (checkpoint / "run.json").write_text(json.dumps(seal(record_of(checkpoint) | changes)))
 
 
 def record_of(checkpoint: Path) -> dict[str, Any]:
@@ -281,7 +280,7 @@ def test_a_checkpoint_of_an_earlier_version_passes(checkpoint: Path) -> None:
     record = record_of(checkpoint)
     record["encoder"] = {name: record["encoder"][name] for name in ENCODER}
     old = {key: value for key, value in record.items() if key not in RUN_SINCE}
-    (checkpoint / "run.json").write_text(json.dumps(old))
+    (checkpoint / "run.json").write_text(json.dumps(seal(old)))
     assert check_checkpoints(checkpoint).problems == []
 
 

@@ -18,6 +18,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
+from megatron_ext.checkpoint_files import seal
 from megatron_ext.errors import UserError
 from megatron_ext.hf.checkpoint_reader import CheckpointReader
 from megatron_ext.runtime.launch import run_on_ranks
@@ -66,7 +67,7 @@ def _sign(checkpoint: Path, **changes: Any) -> None:
     for name in record["files"]:
         content = (checkpoint / name).read_bytes()
         record["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (checkpoint / "run.json").write_text(json.dumps(record))
+    (checkpoint / "run.json").write_text(json.dumps(seal(record)))
 
 
 def _index(checkpoint: Path) -> Any:
