@@ -5,7 +5,6 @@ import importlib
 import io
 import multiprocessing
 import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_ext.runtime.results_manager import end_with_parent
 
 COMMON_FILE = "common.pt"
 SECONDS_BETWEEN_LOOKS = 0.02
@@ -63,25 +64,12 @@ def patch_results_queue() -> None:
     def results_queue(mp_mode: str = "spawn") -> Any:
         if writer._results_queue is None:
             manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
-            manager.start(_end_with_parent)
+            manager.start(end_with_parent)
             writer._results_queue = manager.Queue()
             writer._results_queue.manager = manager  # the queue goes when its manager does
         return writer._results_queue
 
     setattr(writer, name, results_queue)
-
-
-def _end_with_parent() -> None:
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # sent to all processes of a job: the last save still needs the manager
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        if parent is not None:
-            parent.join()
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextlib.contextmanager
