@@ -32,6 +32,8 @@ class RunRecord:
     """Attention of the last completed step."""
     step: int
     """Completed optimizer steps."""
+    origin: str | None
+    """Family of the Hugging Face model that the training began with, if it did."""
     tokenizer: Path
     """The tokenizer stored with the checkpoint."""
     tokenizer_fingerprint: str
@@ -113,6 +115,7 @@ def _read_record(directory: Path) -> RunRecord:
         padded_vocab_size=tree["padded_vocab_size"],
         causal=tree["causal"],
         step=tree["step"],
+        origin=(tree.get("imported") or {}).get("family"),
         tokenizer=inside(directory, tree["tokenizer"]["path"], str(directory)),
         tokenizer_fingerprint=tree["tokenizer"]["fingerprint"],
         tree=tree,

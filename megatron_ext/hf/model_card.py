@@ -5,14 +5,15 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_ext.hf.checkpoint_reader import RunRecord
+from megatron_ext.hf.families import Family
 from megatron_ext.hf.verify import LIMIT, Rounding, VerificationReport
-from megatron_ext.hf.weight_map import Family
 from megatron_ext.secrets import redact
 
 USAGE = {
-    "eurobert": 'from transformers import pipeline\n\nfill_mask = pipeline("fill-mask", model="PATH")\n'
+    "masked": 'from transformers import pipeline\n\nfill_mask = pipeline("fill-mask", model="PATH")\n'
     'fill_mask(f"The capital of France is {fill_mask.tokenizer.mask_token}.")',
-    "llama": 'from transformers import pipeline\n\ngenerate = pipeline("text-generation", model="PATH")\n'
+    "bidirectional": 'from transformers import AutoModel\n\nencoder = AutoModel.from_pretrained("PATH")  # its config.json says is_causal false',
+    "causal": 'from transformers import pipeline\n\ngenerate = pipeline("text-generation", model="PATH")\n'
     'generate("The capital of France is")',
 }
 
@@ -38,7 +39,7 @@ def model_card(
     sections = [
         _front_matter(family),
         _introduction(record, family, parameters),
-        f"## Usage\n\n```python\n{USAGE[family.name]}\n```",
+        f"## Usage\n\n```python\n{USAGE[_kind(family)]}\n```",
         "## Model\n\n" + _pairs({**asdict(record.encoder), "vocab_size": record.vocab_size, "dtype": dtype}),
         "## Training\n\n" + _pairs(_training(record.tree)),
         "## Phases\n\n" + _records(record.tree.get("phases")),
@@ -48,8 +49,12 @@ def model_card(
     return redact("\n\n".join(sections) + "\n")  # a checkpoint of before secrets were taken out of run.json may hold some
 
 
+def _kind(family: Family) -> str:
+    return "causal" if family.causal else "masked" if family.architecture.endswith("ForMaskedLM") else "bidirectional"
+
+
 def _front_matter(family: Family) -> str:
-    task = "text-generation" if family.causal else "fill-mask"
+    task = {"causal": "text-generation", "masked": "fill-mask", "bidirectional": "feature-extraction"}[_kind(family)]
     return f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags:\n- megatron_ext\n- {family.name}\n---"
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import UserError
-from megatron_ext.hf.weight_map import Family
+from megatron_ext.hf.families import Family
 
 ReferenceLogits = Callable[[Path, list[list[int]]], list[Tensor]]
 """(checkpoint, token rows) -> float32 logits [length, vocab_size] of each row, with the attention of the last objective."""
@@ -79,6 +79,7 @@ def verify_export(
     *,
     family: Family,
     tokenizer: Tokenizer,
+    vocab_size: int,
     token_rows: list[list[int]],
     reference: list[Tensor],
     trained_causal: bool,
@@ -90,6 +91,7 @@ def verify_export(
         folder: the exported folder.
         family: what it was exported as.
         tokenizer: the tokenizer of the training.
+        vocab_size: logits at each position; an imported model may have more of them than its tokenizer has ids.
         token_rows: rows of token ids.
         reference: float32 logits [length, vocab_size] of each row, from the training code (or `rounded_logits`).
         trained_causal: the reference was computed with causal attention.
@@ -100,9 +102,9 @@ def verify_export(
         UserError: the reference does not belong to these rows.
     """
     texts = _check_tokenizer(folder, tokenizer)
-    expected_shapes = [(len(row), tokenizer.vocab_size) for row in token_rows]
+    expected_shapes = [(len(row), vocab_size) for row in token_rows]
     if [tuple(logits.shape) for logits in reference] != expected_shapes:
-        raise UserError(f"the reference logits have not the shape [length, {tokenizer.vocab_size}] of the token rows")
+        raise UserError(f"the reference logits have not the shape [length, {vocab_size}] of the token rows")
     model = _load_model(folder, family)
     logits = _all_logits(model, family, token_rows, trained_causal)
     largest, mean = difference(logits, reference)

@@ -1,6 +1,7 @@
 """The exported weights as safetensors files: planned from the table of names, written one file at a time."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -47,7 +48,12 @@ def check_tensors(reader: CheckpointReader, mappings: list[Mapping]) -> None:
 
 
 def write_weights(
-    folder: Path, reader: CheckpointReader, mappings: list[Mapping], dtype: torch.dtype, largest_file: int
+    folder: Path,
+    reader: CheckpointReader,
+    mappings: list[Mapping],
+    zeros: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    largest_file: int,
 ) -> tuple[str, ...]:
     """Write the weights as safetensors, with an index if they fill more than one file. Memory holds one file at a time.
 
@@ -63,10 +69,13 @@ def write_weights(
         tensors: dict[str, Tensor] = {}
         for mapping in shard:
             tensors |= {hf: tensor.contiguous() for hf, tensor in mapping.to_hf(_read(reader, mapping, dtype)).items()}
+        if name == names[-1]:
+            tensors |= {hf: torch.zeros(shape, dtype=dtype) for hf, shape in zeros.items()}
         _save(tensors, folder / name)
     if len(shards) > 1:
         files = {hf: name for name, shard in zip(names, shards, strict=True) for mapping in shard for hf in mapping.hf_names}
-        parameters = sum(mapping.parameters for mapping in mappings)
+        files |= dict.fromkeys(zeros, names[-1])
+        parameters = sum(mapping.parameters for mapping in mappings) + sum(map(math.prod, zeros.values()))
         metadata = {"total_parameters": parameters, "total_size": parameters * dtype.itemsize}
         index = json.dumps({"metadata": metadata, "weight_map": files}, indent=2, sort_keys=True)
         (folder / "model.safetensors.index.json").write_text(index + "\n", encoding="utf-8")
