@@ -1,5 +1,6 @@
-"""Turn a training checkpoint into a native Hugging Face model folder, verified against the training code.
+"""Turn a Hugging Face model into a checkpoint to train from, or a training checkpoint into a Hugging Face model; both verified.
 
+python tools/convert_checkpoint.py import MODEL_FOLDER CHECKPOINT --add-mask-token
 python tools/convert_checkpoint.py export RUN/checkpoints/step_00001000 MODEL_FOLDER
 """
 
@@ -8,68 +9,115 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from megatron_ext.errors import CommandLine, UserError, run_command
+from megatron_ext.hf.families import FAMILIES
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = CommandLine(description="Convert checkpoints between training and Hugging Face.")
+    parser = CommandLine(description="Convert models between training and Hugging Face.")
     commands = parser.add_subparsers(dest="command", required=True)
+    bring = commands.add_parser("import", help="Hugging Face folder -> checkpoint")
+    bring.add_argument(
+        "model_folder", type=Path, help="folder with config.json, safetensors and a tokenizer, as a hub download leaves it"
+    )
+    bring.add_argument("checkpoint", type=Path, help="destination; must not exist, or be empty")
+    bring.add_argument(
+        "--add-mask-token", action="store_true", help="give the tokenizer a mask token if it has none: a reserved id, or a new one"
+    )
     export = commands.add_parser("export", help="checkpoint -> Hugging Face folder")
     export.add_argument("checkpoint", type=Path, help="a complete checkpoint, .../checkpoints/step_00001000")
     export.add_argument("out_dir", type=Path, help="destination; must not exist, or be empty")
     export.add_argument(
         "--family",
-        choices=("auto", "eurobert", "llama"),
+        choices=("auto", *FAMILIES),
         default="auto",
-        help="model class; auto: eurobert if the last step was bidirectional, llama if it was causal (default: auto)",
+        help="model class; auto: one of the model's shape and the attention of its last step (default: auto)",
     )
     export.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the exported weights (default: as trained)")
     export.add_argument("--max-shard-size", default="5GB", help="limit of one weight file (default: 5GB)")
-    export.add_argument(
-        "--verify",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="reload the folder and compare ids, logits and direction of attention with the training code (default: on)",
-    )
     export.add_argument("--report", type=Path, help="write the figures of the verification to this JSON file")
+    for command in (bring, export):
+        command.add_argument(
+            "--verify",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="compare logits and direction of attention, and the exported token ids, with the training code (default: on)",
+        )
     return parser
 
 
 def main() -> int:
-    """Export as the command line says. Returns 1 if the verification failed."""
+    """Convert as the command line says. Returns 1 if the verification failed."""
     arguments = build_parser().parse_args()
 
     # Imported here so that --help answers at once.
-    import torch
     from transformers.utils import logging
 
-    from megatron_ext.hf.export import export_checkpoint
-    from megatron_ext.hf.verify import LIMIT, VerificationError
+    from megatron_ext.hf.verify import VerificationError
 
     logging.disable_progress_bar()
     reference_logits = None
     if arguments.verify:
         from megatron_ext.train.checkpoint_logits import checkpoint_logits as reference_logits
     try:
-        report = export_checkpoint(
-            arguments.checkpoint,
-            arguments.out_dir,
-            family=arguments.family,
-            dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
-            max_shard_size=arguments.max_shard_size,
-            reference_logits=reference_logits,
-        )
+        return _COMMANDS[arguments.command](arguments, reference_logits)
     except VerificationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _import(arguments: argparse.Namespace, reference_logits: Any) -> int:
+    from megatron_ext.hf.import_model import import_model
+
+    report = import_model(
+        arguments.model_folder,
+        arguments.checkpoint,
+        with_mask_token=arguments.add_mask_token,
+        reference_logits=reference_logits,
+    )
+    print(f"{report.checkpoint}: {report.architecture}, {report.parameters:,} parameters, {report.vocab_size:,} rows")
+    mask = report.mask_token
+    if mask is None:
+        print("no mask token: masked objectives need one (--add-mask-token)")
+    else:
+        held = f" (was {mask.replaced})" if mask.replaced else ""
+        print(f"mask token: id {mask.id}, {mask.how}{held}")
+    if report.verification is None:
+        print("not verified")
+    else:
+        _print_verification(report.verification)
+    return 0
+
+
+def _print_verification(checked: Any) -> None:
+    from megatron_ext.hf.verify import LIMIT
+
+    texts = f", token ids equal on {checked.texts} texts" if checked.texts else ""
+    print(
+        f"verified as {checked.weights}: largest difference of a logit {checked.max_abs_diff:.2e} (limit {LIMIT:.0e}) "
+        f"over {checked.tokens} tokens{texts}"
+    )
+
+
+def _export(arguments: argparse.Namespace, reference_logits: Any) -> int:
+    import torch
+
+    from megatron_ext.hf.export import export_checkpoint
+
+    report = export_checkpoint(
+        arguments.checkpoint,
+        arguments.out_dir,
+        family=arguments.family,
+        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+        max_shard_size=arguments.max_shard_size,
+        reference_logits=reference_logits,
+    )
     print(f"{report.folder}: {report.architecture}, {report.parameters:,} parameters, {len(report.weight_files)} weight file(s)")
     for checked in report.verifications:
-        print(
-            f"verified as {checked.weights}: largest difference of a logit {checked.max_abs_diff:.2e} (limit {LIMIT:.0e}) "
-            f"over {checked.tokens} tokens, token ids equal on {checked.texts} texts"
-        )
+        _print_verification(checked)
     if arguments.report and report.verifications:
         try:
             arguments.report.parent.mkdir(parents=True, exist_ok=True)
@@ -81,6 +129,9 @@ def main() -> int:
     if not report.verifications:
         print("not verified")
     return 0
+
+
+_COMMANDS = {"import": _import, "export": _export}
 
 
 if __name__ == "__main__":

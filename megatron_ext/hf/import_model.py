@@ -25,6 +25,7 @@ from megatron_ext.hf.checkpoint_writer import LazyTensor, write_tensors
 from megatron_ext.hf.import_config import ImportedConfig, read_config
 from megatron_ext.hf.mask_token import MaskToken, add_mask_token, copy_tokenizer
 from megatron_ext.hf.output_folder import check_destination, published_when_complete
+from megatron_ext.hf.verify import ReferenceLogits, VerificationReport, verify_import
 from megatron_ext.hf.weight_map import Mapping, StripVocabularyPadding, build_mappings
 from megatron_ext.hf.weight_source import WeightSource
 
@@ -44,18 +45,24 @@ class ImportReport:
     dtype: torch.dtype
     vocab_size: int
     mask_token: MaskToken | None
+    verification: VerificationReport | None
+    """None without reference logits."""
 
 
-def import_model(folder: Path, checkpoint: Path, *, with_mask_token: bool = False) -> ImportReport:
+def import_model(
+    folder: Path, checkpoint: Path, *, with_mask_token: bool = False, reference_logits: ReferenceLogits | None = None
+) -> ImportReport:
     """Turn a model folder, as a download from a hub leaves it, into a checkpoint. Nothing is fetched, no code of it is run.
 
     Args:
         folder: with `config.json`, safetensors and a tokenizer.
         checkpoint: destination; must not exist, or be empty.
         with_mask_token: give the tokenizer a mask token if it has none.
+        reference_logits: the training code's forward pass, to verify with; None leaves verification out.
 
     Raises:
         UserError: the model is none that can be represented, or a file is missing or damaged.
+        VerificationError: the checkpoint is not the model; nothing is left at `checkpoint`.
     """
     check_destination(checkpoint)
     config = read_config(folder)
@@ -69,9 +76,13 @@ def import_model(folder: Path, checkpoint: Path, *, with_mask_token: bool = Fals
         conversion.check(mappings)
         write_tensors(aside, [conversion.lazy(mapping) for mapping in mappings])
         _write_record(aside, folder, config, source, tokenizer, mask, vocab_size)
+        length = config.encoder.max_position_embeddings
+        verification = reference_logits and verify_import(
+            folder, aside, family=config.family, tokenizer=tokenizer, max_length=length, reference_logits=reference_logits
+        )
     dtype = DTYPES[source.dtypes["model.embed_tokens.weight"]]
     parameters = sum(mapping.parameters for mapping in mappings)
-    return ImportReport(checkpoint, config.family.architecture, parameters, dtype, vocab_size, mask)
+    return ImportReport(checkpoint, config.family.architecture, parameters, dtype, vocab_size, mask, verification)
 
 
 def _tokenizer(folder: Path, with_mask_token: bool) -> tuple[Tokenizer, MaskToken | None]:

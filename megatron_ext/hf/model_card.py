@@ -12,7 +12,7 @@ from megatron_ext.secrets import redact
 USAGE = {
     "masked": 'from transformers import pipeline\n\nfill_mask = pipeline("fill-mask", model="PATH")\n'
     'fill_mask(f"The capital of France is {fill_mask.tokenizer.mask_token}.")',
-    "bidirectional": 'from transformers import AutoModel\n\nencoder = AutoModel.from_pretrained("PATH")  # its config.json says is_causal false',
+    "bidirectional": 'from transformers import AutoModel\n\nencoder = AutoModel.from_pretrained("PATH")',
     "causal": 'from transformers import pipeline\n\ngenerate = pipeline("text-generation", model="PATH")\n'
     'generate("The capital of France is")',
 }

@@ -123,6 +123,39 @@ def verify_export(
     )
 
 
+def verify_import(
+    folder: Path, checkpoint: Path, *, family: Family, tokenizer: Tokenizer, max_length: int, reference_logits: ReferenceLogits
+) -> VerificationReport:
+    """Compare a checkpoint with the Hugging Face model that it was made from, both in float32.
+
+    The mask token has no part in it: its row may be a new one.
+
+    Args:
+        folder: the Hugging Face model.
+        checkpoint: what was made of it.
+        family: of the model.
+        tokenizer: the checkpoint's.
+        max_length: longest row that the model takes.
+        reference_logits: the training code's forward pass.
+
+    Raises:
+        VerificationError: the logits differ by more than `LIMIT`.
+    """
+    rows = verification_rows(tokenizer, max_length, masked=False)
+    model = _load_model(folder, family)
+    theirs = [_logits(model, row) for row in rows]
+    kept = [index for index in range(theirs[0].shape[1]) if index != tokenizer.mask_id]
+    ours = [logits[:, kept] for logits in reference_logits(checkpoint, rows)]
+    largest, mean = difference(ours, [logits[:, kept] for logits in theirs])
+    if not largest <= LIMIT:
+        raise VerificationError(
+            f"verification failed: the largest difference of a logit between {folder.name} and the training code is {largest:.3g}, "
+            f"the limit {LIMIT:.0e}"
+        )
+    change = _check_direction(model, family, rows, tokenizer)
+    return VerificationReport("float32", largest, mean, sum(map(len, rows)), 0, change)
+
+
 def rounded_logits(
     folder: Path, family: Family, token_rows: list[list[int]], trained_causal: bool, dtype: torch.dtype
 ) -> list[Tensor]:
@@ -172,7 +205,7 @@ def _load_model(folder: Path, family: Family) -> torch.nn.Module:
     """The model in float32 for inference. Every weight must come from the files."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-    auto_class = AutoModelForCausalLM if family.causal else AutoModelForMaskedLM
+    auto_class = AutoModelForMaskedLM if family.architecture.endswith("ForMaskedLM") else AutoModelForCausalLM
     model, loading = auto_class.from_pretrained(
         str(folder),
         dtype=torch.float32,
