@@ -38,8 +38,9 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for path in {path for name in TOKENIZER_FILES for path in source.glob(name)}:
         if path.is_file() and path.name != "config.json":
             shutil.copy(path, target)
-    config = source / "config.json"
-    if config.is_file():  # transformers looks up the tokenizer's class by the model type
+    config, settings = source / "config.json", target / "tokenizer_config.json"
+    names_class = settings.is_file() and "tokenizer_class" in json.loads(settings.read_text(encoding="utf-8"))
+    if config.is_file() and not names_class:  # transformers then looks the class up by the model type
         model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
         (target / "config.json").write_text(json.dumps({"model_type": model_type}))
 
