@@ -116,7 +116,14 @@ RUN = {
     "versions": VERSIONS,
     "files": OBJECT,
 }
-RUN_SINCE = {"changes": OBJECTS, "skipped_steps": COUNT, "skipped_in_a_row": COUNT}
+IMPORTED = {"family": TEXT}
+RUN_SINCE = {
+    "changes": OBJECTS,
+    "skipped_steps": COUNT,
+    "skipped_in_a_row": COUNT,
+    "imported": OBJECT_OR_NULL,
+    "lineage": OBJECTS,
+}
 """Keys that checkpoints of earlier versions lack."""
 
 
@@ -154,6 +161,8 @@ def parse_run_record(text: str, source: str, version: int) -> dict[str, Any]:
     _check(record["tokenizer"], TOKENIZER, source, "tokenizer.")
     if record["parent"] is not None:
         _check(record["parent"], PARENT, source, "parent.")
+    if record.get("imported") is not None:
+        _check(record["imported"], IMPORTED, source, "imported.")
     for name, table in (("data", DATA_SET), ("phases", PHASE)):
         for number, item in enumerate(record[name]):
             _check(item, table, source, f"{name}[{number}].")
