@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test test-slow soak lint clean
+.PHONY: install demo adapt test test-slow soak lint clean
 
 install: $(INSTALLED)
 
@@ -17,6 +17,10 @@ $(INSTALLED): setup.py constraints.txt
 # Real text -> tokenizer -> data set -> CLM then MLM on 2 processes -> resume -> Hugging Face model. Results in build/demo.
 demo: install
 	$(BIN)/python examples/quickstart/demo.py --output-dir build/demo
+
+# A decoder -> checkpoint -> MLM -> Hugging Face encoder, compared before and after on film reviews. Results in build/adapt_decoder.
+adapt: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/adapt_decoder/run.sh
 
 # Two files at a time: most tests wait for processes of their own.
 test: install
