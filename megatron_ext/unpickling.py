@@ -6,8 +6,7 @@ function that the file names. Here
 
 - the index is unpickled into stand-ins, which keep what they are told and do nothing, and only under the names that an index
   needs; the real classes are then built from plain numbers and strings that were looked at;
-- the arguments that Megatron-LM keeps in `common.pt` are unpickled into stand-ins whatever they name, and of these only plain
-  numbers, texts and flags are handed on (`read_arguments`);
+- so are the arguments that Megatron-LM keeps in `common.pt`, of which only numbers, texts and flags are handed on;
 - everything else goes through `torch.load(weights_only=True)`;
 - `only_plain_data` puts both in the place of torch's own functions while megatron loads, so that those cannot be reached.
 
@@ -79,10 +78,11 @@ INDEX_GLOBALS = {
             "_MEM_FORMAT_ENCODING",
         )
     ),
+    *(f"torch.distributed._shard.sharded_tensor.metadata.{name}" for name in ("MEM_FORMAT_ENCODING", "TensorProperties")),  # old
     # The plans that megatron keeps in the index: read past, and dropped.
     *(f"{CHECKPOINT}.planner.{name}" for name in ("BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")),
 }
-"""Names that an index may hold, found in those that torch 2.13 writes with megatron-core 0.16.1 and 0.19.2."""
+"""Names that an index may hold, found in those that torch 2.13 writes with megatron-core 0.16.1 and 0.19.2, and in older ones."""
 
 DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 """`torch.float32` -> torch.float32."""
@@ -195,7 +195,7 @@ def read_arguments(checkpoint: Path) -> StoredArguments:
         {name: value if type(value) in PLAIN else NotPlain(_name(value)) for name, value in values.items() if isinstance(name, str)}
         if isinstance(values, dict)
         else None,
-        iteration if type(iteration) is int and iteration >= 0 else None,
+        iteration if type(iteration) is int and 0 <= iteration < 2**53 else None,
     )
 
 

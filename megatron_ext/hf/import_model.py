@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_ext.checkpoint_files import (
     FORMAT,
@@ -111,7 +112,7 @@ def import_model(
         mappings = build_mappings(source.config.encoder, vocab_size, vocab_size)
         source.check(mappings)
         conversion = _Conversion(source, new_tokenizer, mask, vocab_size)
-        write_tensors(aside, [conversion.lazy(mapping) for mapping in mappings])
+        _write(aside, [conversion.lazy(mapping) for mapping in mappings])
         _write_record(aside, source.folder, source.config, source, new_tokenizer, mask, vocab_size)
         verification = reference_logits and source.verify(aside, mappings, new_tokenizer, reference_logits)
     parameters = sum(mapping.parameters for mapping in mappings)
@@ -128,6 +129,13 @@ def _open(folder: Path, tokenizer: Path | None, model_fields: dict[str, Any] | N
         if value is not None:
             raise UserError(f"{option} is for megatron checkpoints: {folder} has, or lacks, its own as a Hugging Face folder")
     return HuggingFaceSource(folder)
+
+
+def _write(aside: Path, tensors: list[LazyTensor]) -> None:
+    try:
+        write_tensors(aside, tensors)
+    except CheckpointException as error:  # not an `Exception`: what a tensor's source has raised, per rank
+        raise next(iter(error.failures.values()))[0] from None
 
 
 def _tokenizer(path: Path, with_mask_token: bool) -> tuple[Tokenizer, MaskToken | None]:

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.errors import UserError, one_line, warn
 from megatron_ext.hf.checkpoint_reader import CheckpointReader
-from megatron_ext.hf.families import FAMILIES, Family
+from megatron_ext.hf.families import choose_family
 from megatron_ext.hf.import_config import ImportedConfig
 from megatron_ext.hf.mask_token import copy_tokenizer
 from megatron_ext.hf.stock_shape import stock_encoder
@@ -81,7 +81,7 @@ class StockSource:
         stored = read_arguments(self.folder)
         encoder = stock_encoder(self.folder, stored.values, model_fields)
         self._check_layers(encoder)
-        self.config = ImportedConfig(_family(encoder), encoder, self._rows(stored.values or {}))
+        self.config = ImportedConfig(choose_family("auto", encoder, True, None), encoder, self._rows(stored.values or {}))
         names = {info.relative_path for info in self._index.storage_data.values()} | {INDEX_FILE, COMMON_FILE}
         self.files = [self.folder / name for name in sorted(names) if (self.folder / name).is_file()]
         named = re.fullmatch(r"iter_(\d+)", self.folder.name)
@@ -211,12 +211,6 @@ def _latest(folder: Path) -> Path:
     if not (latest / INDEX_FILE).is_file():
         raise UserError(f"{path} names {latest.name}, which is no checkpoint in the format torch_dist: it has no {INDEX_FILE}")
     return latest
-
-
-def _family(encoder: EncoderConfig) -> Family:
-    """The causal family of this shape that needs the fewest tensors besides."""
-    fitting = [family for family in FAMILIES.values() if family.causal and not family.refusal(encoder)]
-    return min(fitting, key=lambda family: len(family.zero_tensors(encoder)))
 
 
 class _Planner(DefaultLoadPlanner):

@@ -1,6 +1,5 @@
 """Reads the arguments that Megatron-LM stored as one of our shapes, or says by name why the model cannot be one."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from megatron_ext.model.presets import EncoderConfig, build_encoder_config
 from megatron_ext.unpickling import NotPlain
 
 OPTION = "--model-config"
+LARGEST_NUMBER = 1e30
 
 WANTED = {
     "normalization": ("RMSNorm", "only RMS norms are known"),
@@ -153,9 +153,9 @@ class _Arguments:
         return value
 
     def number(self, name: str) -> float:
-        """A finite number above 0."""
+        """A number above 0."""
         value = self._values.get(name)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if type(value) not in (int, float) or not 0 < value < LARGEST_NUMBER:
             self._refuse(name, "a number above 0 is needed")
         return float(value)
 
@@ -182,5 +182,8 @@ class _Arguments:
 
     def _refuse(self, name: str, reason: str) -> None:
         value = self._values.get(name)
-        shown = f"a {value.kind}" if isinstance(value, NotPlain) else f"{value!r:.60}"
+        if isinstance(value, NotPlain):
+            shown = f"a {value.kind}"
+        else:
+            shown = "a number beyond all use" if type(value) is int and abs(value) > LARGEST_NUMBER else f"{value!r:.60}"
         raise UserError(f"checkpoint {self._checkpoint} cannot be imported: {name} is {shown}; {reason}")

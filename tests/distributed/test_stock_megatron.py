@@ -76,9 +76,7 @@ MODELS = {
     "TP2 tied, as many groups as heads": Stock(
         tensor=2, arguments={"untie_embeddings_and_output_weights": False, "group_query_attention": False, "kv_channels": None}
     ),
-    "PP2 tied, biases": Stock(
-        pipeline=2, arguments={"untie_embeddings_and_output_weights": False, "add_qkv_bias": True}, family="qwen2"
-    ),
+    "PP2 tied, biases": Stock(pipeline=2, arguments={"untie_embeddings_and_output_weights": False, "add_qkv_bias": True}),
     "TP2 norms": Stock(tensor=2, arguments={"qk_layernorm": True}, family="qwen3"),
     "PP2 stretched, layers apart": Stock(
         pipeline=2, arguments={"use_rope_scaling": True}, metadata={"non_homogeneous_layers": True}
