@@ -153,10 +153,10 @@ class StockSource:
         reader = CheckpointReader(checkpoint)
         for mapping in mappings:
             written, source = reader.read(mapping.megatron_key), self.read(mapping).to(self.dtype(mapping))
-            if isinstance(mapping.converter, StripVocabularyPadding):
-                kept = torch.tensor([index for index in range(len(source)) if index != tokenizer.mask_id])
-                written, source = written[kept], source[kept]
-            if not torch.equal(written, source):
+            skipped = tokenizer.mask_id if isinstance(mapping.converter, StripVocabularyPadding) else None
+            before, after = (len(source), len(source)) if skipped is None else (skipped, skipped + 1)
+            is_equal = torch.equal(written[:before], source[:before])
+            if not (is_equal and torch.equal(written[after : len(source)], source[after:])):
                 raise VerificationError(f"verification failed: {mapping.megatron_key} is not what {self.folder} holds")
         length = min(PROBE_LENGTH, self.config.encoder.max_position_embeddings)
         return StockVerification(len(mappings), _check_causal(checkpoint, tokenizer, length, reference_logits))

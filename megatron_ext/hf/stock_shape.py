@@ -87,7 +87,7 @@ def stock_encoder(checkpoint: Path, arguments: dict[str, Any] | None, given: dic
         )
     stated = _expand(given or {})
     stored = {} if arguments is None else _fields(checkpoint, arguments, stated)
-    for name in stored.keys() & stated.keys():
+    for name in sorted(stored.keys() & stated.keys()):
         if stored[name] != stated[name]:
             raise UserError(
                 f"{OPTION} says model.{name} {stated[name]}, but the arguments in checkpoint {checkpoint} say {stored[name]}"

@@ -289,6 +289,19 @@ def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path: Path) -> None:
         read_arguments(tmp_path)
 
 
+def test_an_index_of_an_older_torch_is_read(tokenizer_file: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Up to 2.2 the properties of a tensor were of another class, whose state is the same."""
+    from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
+
+    folder = write_stock(tmp_path / "save")
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    for entry in index.state_dict_metadata.values():
+        entry.properties = TensorProperties(dtype=entry.properties.dtype)
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    assert b"_shard.sharded_tensor.metadata" in (folder / ".metadata").read_bytes()
+    import_model(folder, tmp_path / "checkpoint", tokenizer=tokenizer_file)
+
+
 def test_a_mask_token_is_added(tokenizer_file: Path, tmp_path: Path) -> None:  # noqa: F811
     without_mask(tokenizer_file, tmp_path / "tokenizer", reserved=False).save_pretrained(tmp_path / "tokenizer")
     folder = write_stock(tmp_path / "save")
