@@ -1,6 +1,9 @@
 """Turn a Hugging Face model into a checkpoint to train from, or a training checkpoint into a Hugging Face model; both verified.
 
+A checkpoint that Megatron-LM wrote of megatron-core's GPTModel can be imported, too.
+
 python tools/convert_checkpoint.py import MODEL_FOLDER CHECKPOINT --add-mask-token
+python tools/convert_checkpoint.py import MEGATRON_FOLDER CHECKPOINT --tokenizer tokenizer.model
 python tools/convert_checkpoint.py export RUN/checkpoints/step_00001000 MODEL_FOLDER
 """
 
@@ -19,13 +22,22 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = CommandLine(description="Convert models between training and Hugging Face.")
     commands = parser.add_subparsers(dest="command", required=True)
-    bring = commands.add_parser("import", help="Hugging Face folder -> checkpoint")
+    bring = commands.add_parser("import", help="Hugging Face folder, or checkpoint of Megatron-LM -> checkpoint")
     bring.add_argument(
-        "model_folder", type=Path, help="folder with config.json, safetensors and a tokenizer, as a hub download leaves it"
+        "model_folder",
+        type=Path,
+        help="folder with config.json, safetensors and a tokenizer, as a hub download leaves it; or a checkpoint of Megatron-LM "
+        "in the format torch_dist: .../iter_0001000, or the folder above it for the latest",
     )
     bring.add_argument("checkpoint", type=Path, help="destination; must not exist, or be empty")
     bring.add_argument(
         "--add-mask-token", action="store_true", help="give the tokenizer a mask token if it has none: a reserved id, or a new one"
+    )
+    bring.add_argument("--tokenizer", type=Path, help="of a Megatron-LM checkpoint: a SentencePiece .model file or a folder")
+    bring.add_argument(
+        "--model-config",
+        metavar="FILE.yaml",
+        help="shape of a Megatron-LM checkpoint that lacks its arguments: a section `model` as in a training's configuration",
     )
     export = commands.add_parser("export", help="checkpoint -> Hugging Face folder")
     export.add_argument("checkpoint", type=Path, help="a complete checkpoint, .../checkpoints/step_00001000")
@@ -71,11 +83,14 @@ def main() -> int:
 
 def _import(arguments: argparse.Namespace, reference_logits: Any) -> int:
     from megatron_ext.hf.import_model import import_model
+    from megatron_ext.hf.stock_checkpoint import StockVerification
 
     report = import_model(
         arguments.model_folder,
         arguments.checkpoint,
         with_mask_token=arguments.add_mask_token,
+        tokenizer=arguments.tokenizer,
+        model_fields=_model_fields(arguments.model_config),
         reference_logits=reference_logits,
     )
     print(f"{report.checkpoint}: {report.architecture}, {report.parameters:,} parameters, {report.vocab_size:,} rows")
@@ -87,9 +102,28 @@ def _import(arguments: argparse.Namespace, reference_logits: Any) -> int:
         print(f"mask token: id {mask.id}, {mask.how}{held}")
     if report.verification is None:
         print("not verified")
+    elif isinstance(report.verification, StockVerification):
+        print(f"verified: {report.verification.tensors} tensors are the source's bit by bit, and the model runs causal")
     else:
         _print_verification(report.verification)
     return 0
+
+
+def _model_fields(path: str | None) -> dict[str, Any] | None:
+    """What the `model` section of a configuration sets; its other sections are left alone."""
+    if path is None:
+        return None
+    from megatron_ext.config import ModelConfig
+    from megatron_ext.config_tree import Tree, build
+    from megatron_ext.config_yaml import read_file
+
+    tree = read_file(path, f"--model-config {path}")
+    section = tree.values.get("model")
+    if not isinstance(section, dict):
+        raise UserError(f"--model-config {path}: there is no section `model` in it")
+    origins = {place[1:]: origin for place, origin in tree.origins.items() if place[:1] == ("model",)}
+    model = build(ModelConfig, Tree(section, origins))
+    return {name: getattr(model, name) for name in section}
 
 
 def _print_verification(checked: Any) -> None:
