@@ -75,7 +75,7 @@ def tokenizer_file(tmp_path_factory):
 def random_tensors(encoder, dtype=torch.float32):
     """Tensors under megatron's keys, large enough that a misplaced row shows."""
     generator = torch.Generator().manual_seed(1)
-    mappings = weight_map.llama(encoder, VOCAB_SIZE, PADDED_VOCAB_SIZE)
+    mappings = weight_map.build_mappings(encoder, VOCAB_SIZE, PADDED_VOCAB_SIZE)
     tensors = {}
     for mapping in mappings:
         tensor = torch.randn(mapping.converter.megatron_shape, generator=generator) * 0.15
