@@ -24,7 +24,11 @@ REPRESENTED = {
     *((family, frozenset(extras)) for family in ("eurobert", "llama") for extras in ([], ["qkv_bias"])),
     ("mistral", frozenset()),
     ("qwen2", frozenset(["qkv_bias"])),
-    *((family, frozenset(extras)) for family in ("qwen3", "qwen3-bidirectional") for extras in (["qk_norm"], ["qkv_bias", "qk_norm"])),
+    *(
+        (family, frozenset(extras))
+        for family in ("qwen3", "qwen3-bidirectional")
+        for extras in (["qk_norm"], ["qkv_bias", "qk_norm"])
+    ),
 }
 """Which family has which of the two extras."""
 
