@@ -23,7 +23,7 @@ from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.errors import UserError
 from megatron_ext.hf.checkpoint_writer import LazyTensor, write_tensors
 from megatron_ext.hf.import_config import ImportedConfig, read_config
-from megatron_ext.hf.mask_token import MaskToken, add_mask_token, copy_tokenizer
+from megatron_ext.hf.mask_token import MaskToken, add_mask_token, check_ids, copy_tokenizer
 from megatron_ext.hf.output_folder import check_destination, published_when_complete
 from megatron_ext.hf.verify import ReferenceLogits, VerificationReport, verify_import
 from megatron_ext.hf.weight_map import Mapping, StripVocabularyPadding, build_mappings
@@ -69,6 +69,7 @@ def import_model(
     source = WeightSource(folder)
     with published_when_complete(checkpoint) as aside:
         copy_tokenizer(folder, aside / TOKENIZER_FOLDER)
+        check_ids(folder, load_tokenizer(aside / TOKENIZER_FOLDER), config.vocab_size)
         tokenizer, mask = _tokenizer(aside / TOKENIZER_FOLDER, with_mask_token)
         vocab_size = max(config.vocab_size, tokenizer.vocab_size)
         mappings = build_mappings(config.encoder, vocab_size, vocab_size)

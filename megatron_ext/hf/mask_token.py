@@ -52,6 +52,19 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     (target / "config.json").write_text(json.dumps({**choice, "transformers_version": version}))
 
 
+def check_ids(source: Path, tokenizer: Tokenizer, rows: int) -> None:
+    """Hold a model folder's tokenizer against its embedding.
+
+    Raises:
+        UserError: there are ids without a row.
+    """
+    if tokenizer.vocab_size > rows:
+        raise UserError(
+            f"{source} cannot be imported: its tokenizer has {tokenizer.vocab_size} ids, its embedding {rows} rows; the ids from "
+            f"{rows} on mean nothing to the model"
+        )
+
+
 def add_mask_token(folder: Path) -> tuple[Tokenizer, MaskToken]:
     """Make sure that the tokenizer in a folder has a mask token; its files are replaced if it has none.
 

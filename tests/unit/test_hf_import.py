@@ -17,6 +17,7 @@ from megatron_ext.hf.verify import LIMIT
 from megatron_ext.train.checkpoint_logits import checkpoint_logits
 from tests.unit.hf_models import RECIPES, Recipe, weights_of, write_model
 from tests.unit.hf_tokenizers import VOCAB_SIZE, WRITERS, sample_lines
+from tests.unit.test_hf_import_config import SPELLINGS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,6 +50,50 @@ def test_logits_are_those_of_transformers_and_the_bits_come_back(name: str, tmp_
     configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("model", "again")]
     for field in ("model_type", "rope_parameters", "head_dim", "tie_word_embeddings", "is_causal", "vocab_size", "rms_norm_eps"):
         assert configs[0].get(field) == configs[1].get(field), field
+
+
+SCALED_DOWN = {
+    "vocab_size": VOCAB_SIZE + 5,
+    "hidden_size": 72,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 512,
+}
+HEADS = {"Qwen2.5 0.5B": (6, 2), "SmolLM2 135M": (9, 3), "Qwen3 0.6B": (4, 2), "EuroBERT 210M": (6, 6), "Llama 2 7B": (6, 6)}
+TOKENIZERS = {"Llama 2 7B": "llama 2", "Mistral 0.3": "mistral", "Qwen2.5 0.5B": "qwen", "Qwen3 0.6B": "qwen"}
+
+
+@pytest.mark.parametrize("name", [name for name in SPELLINGS if "oldest" not in name])
+def test_a_hub_folder_in_its_own_spelling_computes_the_same(name: str, tmp_path: Path) -> None:
+    """The `config.json` of a known model with smaller numbers in it, beside weights of that shape in its dtype."""
+    import transformers
+
+    heads, groups = HEADS.get(name, (4, 2))
+    tree = SPELLINGS[name][0] | SCALED_DOWN | {"num_attention_heads": heads, "num_key_value_heads": groups}
+    if "head_dim" in tree:
+        tree |= {"head_dim": 24}
+    if name.startswith("EuroBERT"):
+        tree |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "mask_token_id": 4}
+    if name == "Llama 3.2 1B":  # the verified rows are shorter than the texts that it was trained on
+        tree |= {"rope_scaling": tree["rope_scaling"] | {"original_max_position_embeddings": 64}}
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/config.json").write_text(json.dumps(tree))
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "config")
+    model = getattr(transformers, tree["architectures"][0])(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.1 + (parameter.dim() == 1), 0.1)
+    dtype = getattr(torch, tree["torch_dtype"])
+    model.to(dtype).save_pretrained(tmp_path / "model")
+    WRITERS[TOKENIZERS.get(name, "with mask" if name.startswith("EuroBERT") else "llama 3")](tmp_path / "model")
+    (tmp_path / "model/config.json").write_text(json.dumps(tree))
+    report = import_model(tmp_path / "model", tmp_path / "checkpoint", reference_logits=checkpoint_logits)
+    assert report.verification is not None and report.verification.max_abs_diff < LIMIT
+    assert report.dtype == (torch.float32 if dtype == torch.float16 else dtype)
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "again", reference_logits=checkpoint_logits)
+    before, after = weights_of(tmp_path / "model"), weights_of(tmp_path / "again")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key].to(report.dtype), after[key]) for key in before)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +204,14 @@ def test_a_mask_token_that_is_there_is_left_alone(tmp_path: Path) -> None:
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "again")
     before, after = (weights_of(tmp_path / name)["model.embed_tokens.weight"] for name in ("model", "again"))
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("with_mask_token", [False, True])
+def test_a_tokenizer_with_ids_that_have_no_embedding_is_refused(with_mask_token: bool, tmp_path: Path) -> None:
+    write_model(tmp_path / "model", Recipe("LlamaConfig", "LlamaForCausalLM", {"vocab_size": 1002}, tokenizer="llama 2"))
+    with pytest.raises(UserError, match="its tokenizer has 1003 ids, its embedding 1002 rows"):
+        import_model(tmp_path / "model", tmp_path / "checkpoint", with_mask_token=with_mask_token)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_broken_folder_is_one_line(tmp_path: Path) -> None:
