@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_ext.checkpoint_files import TOKENIZER_FILES
 from megatron_ext.data.tokenizer import MASK_PIECES, Tokenizer, load_tokenizer
+from megatron_ext.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -82,7 +82,7 @@ def test_a_hub_folder_in_its_own_spelling_computes_the_same(name: str, tmp_path:
     config = transformers.AutoConfig.from_pretrained(tmp_path / "config")
     model = getattr(transformers, tree["architectures"][0])(config)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, 0.1 + (parameter.dim() == 1), 0.1)
+        torch.nn.init.normal_(parameter, float(parameter.dim() == 1), 0.1)
     dtype = getattr(torch, tree["torch_dtype"])
     model.to(dtype).save_pretrained(tmp_path / "model")
     WRITERS[TOKENIZERS.get(name, "with mask" if name.startswith("EuroBERT") else "llama 3")](tmp_path / "model")
