@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_ext.hf.families import FAMILIES
+from megatron_ext.errors import UserError
+from megatron_ext.hf.families import FAMILIES, choose_family
 from megatron_ext.hf.weight_files import parse_size, plan_shards
 from megatron_ext.hf.weight_map import SplitGateUp, SplitQKV, StripVocabularyPadding, build_mappings
 from megatron_ext.model.presets import EncoderConfig
@@ -90,6 +91,35 @@ def test_table_names_every_weight_of_the_transformers_class(family, shape, extra
         assert not mapped.keys() & tensors.keys()
         mapped |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     assert mapped == expected
+
+
+EXPORTED_AS = {  # origin, its extras -> the family after causal training, after bidirectional training
+    ("eurobert", frozenset()): ("llama", "eurobert"),
+    ("llama", frozenset()): ("llama", "eurobert"),
+    ("llama", frozenset(["qkv_bias"])): ("llama", "eurobert"),
+    ("mistral", frozenset()): ("mistral", "eurobert"),
+    ("qwen2", frozenset(["qkv_bias"])): ("qwen2", "eurobert"),
+    ("qwen3", frozenset(["qk_norm"])): ("qwen3", "qwen3-bidirectional"),
+    ("qwen3-bidirectional", frozenset(["qk_norm"])): ("qwen3", "qwen3-bidirectional"),
+    (None, frozenset()): ("llama", "eurobert"),
+    (None, frozenset(["qkv_bias"])): ("llama", "eurobert"),
+    (None, frozenset(["qk_norm"])): ("qwen3", "qwen3-bidirectional"),
+    (None, frozenset(["qk_norm", "qkv_bias"])): ("qwen3", "qwen3-bidirectional"),
+}
+
+
+@pytest.mark.parametrize(("origin", "extras"), EXPORTED_AS)
+def test_a_model_leaves_as_what_it_came_as_unless_its_attention_changed(origin, extras):
+    encoder = dataclasses.replace(SHAPES["grouped"], **dict.fromkeys(extras, True))
+    for causal, expected in zip((True, False), EXPORTED_AS[origin, extras], strict=True):
+        assert choose_family("auto", encoder, causal, origin).name == expected
+    for family in FAMILIES.values():
+        if family.causal:
+            with pytest.raises(UserError, match=f"last step was bidirectional.*; use {EXPORTED_AS[origin, extras][1]}$"):
+                choose_family(family.name, encoder, False, origin)
+        if (family.name, extras) not in REPRESENTED:
+            with pytest.raises(UserError, match="unlike this checkpoint"):
+                choose_family(family.name, encoder, True, origin)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
