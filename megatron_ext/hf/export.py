@@ -199,6 +199,7 @@ def _recorded_tokenizer(reader: CheckpointReader, family: Family) -> Tokenizer:
         raise UserError(f"tokenizer {record.tokenizer} has {tokenizer.vocab_size} ids, the model {record.vocab_size}")
     if tokenizer.mask_id is None and family.architecture.endswith("ForMaskedLM"):
         raise UserError(f"tokenizer {record.tokenizer} has no mask token: {family.architecture} needs one")
+    family.check_tokenizer(tokenizer)
     return tokenizer
 
 

@@ -1,13 +1,15 @@
 """The Hugging Face families that checkpoints come from and go to: which shapes each has, and how its configuration says so."""
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import UserError
 from megatron_ext.model.presets import EncoderConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Family:
     """Queries and keys are normed per head."""
     fixed: tuple[tuple[str, Any], ...] = ()
     """Fields of the configuration that are the same for every model of ours."""
+    tokenizer_class: str | None = None
+    """With which transformers reads the tokenizer of every such model; None if a folder's own class is believed."""
 
     def refusal(self, encoder: EncoderConfig) -> str | None:
         """Why a model of this shape cannot be of the family; None if it can."""
@@ -36,6 +40,23 @@ class Family:
         if self.biases != "optional" and encoder.qkv_bias != (self.biases == "always"):
             return f"{self.architecture} {self.biases} has biases on queries, keys and values"
         return None
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Hold a tokenizer against the class that transformers would read it with.
+
+        Raises:
+            UserError: the class cuts texts in another way, so that every text would have other ids.
+        """
+        if self.tokenizer_class is None:
+            return
+        import transformers
+
+        forced = getattr(transformers, self.tokenizer_class)()
+        if _cutting(forced) != _cutting(tokenizer.to_fast()):
+            raise UserError(
+                f"tokenizer {tokenizer.source} cannot go with the family {self.name}: transformers reads every {self.model_type} "
+                f"tokenizer as a {self.tokenizer_class}, which would give other ids; use another family, such as auto"
+            )
 
     def zero_tensors(self, encoder: EncoderConfig) -> dict[str, tuple[int, ...]]:
         """Name -> shape of the tensors that the class wants and our model does not have; they are all zeros."""
@@ -84,7 +105,7 @@ FAMILIES = {
         Family("eurobert", "eurobert", "EuroBertForMaskedLM", "EuroBertConfig", False, "optional", fixed=(("mlp_bias", False),)),
         Family("llama", "llama", "LlamaForCausalLM", "LlamaConfig", True, "optional", fixed=(("mlp_bias", False),)),
         Family("mistral", "mistral", "MistralForCausalLM", "MistralConfig", True, "never", fixed=FULL_ATTENTION[:1]),
-        Family("qwen2", "qwen2", "Qwen2ForCausalLM", "Qwen2Config", True, "always", fixed=FULL_ATTENTION),
+        Family("qwen2", "qwen2", "Qwen2ForCausalLM", "Qwen2Config", True, "always", False, FULL_ATTENTION, "Qwen2Tokenizer"),
         Family("qwen3", "qwen3", "Qwen3ForCausalLM", "Qwen3Config", True, "optional", True, FULL_ATTENTION),
         # transformers has no bidirectional class with these norms; `is_causal` in the configuration takes the causal mask away.
         Family(
@@ -99,6 +120,16 @@ FAMILIES = {
         ),
     )
 }
+
+
+def _cutting(fast: "PreTrainedTokenizerFast") -> list[Any]:
+    """What decides the pieces, besides the vocabulary; the places of pieces in the text do not."""
+    pipeline = json.loads(fast.backend_tokenizer.to_str())
+    stages = json.loads(
+        json.dumps([pipeline["model"]["type"], pipeline["normalizer"], pipeline["pre_tokenizer"]]),
+        object_hook=lambda stage: {name: value for name, value in stage.items() if name != "trim_offsets"},
+    )
+    return [*stages, pipeline["model"].get("byte_fallback", False)]
 
 
 def choose_family(name: str, encoder: EncoderConfig, causal: bool, origin: str | None) -> Family:

@@ -72,7 +72,7 @@ def read_config(folder: Path) -> ImportedConfig:
     if family.model_type == "qwen3" and tree.get("is_causal") is False:
         family = FAMILIES["qwen3-bidirectional"]
     config = _parse(folder)
-    _check(folder, config)
+    _check(folder, config, family)
     return ImportedConfig(family, _encoder(folder, config, family), int(config.vocab_size))
 
 
@@ -98,22 +98,36 @@ def _parse(folder: Path) -> "PreTrainedConfig":
         raise UserError(f"{folder / 'config.json'} cannot be read as a configuration ({one_line(error)})") from None
 
 
-def _check(folder: Path, config: "PreTrainedConfig") -> None:
+def _check(folder: Path, config: "PreTrainedConfig", family: Family) -> None:
     def require(condition: bool, problem: str) -> None:
         if not condition:
             raise UserError(f"{folder} cannot be imported: {problem}")
 
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    require(window is None and layer_types == {"full_attention"}, f"attention slides a window of {window} tokens (sliding_window)")
-    require(config.hidden_act == "silu", f"hidden_act is {config.hidden_act!r:.40}; only silu (SwiGLU) is known")
+    window, length = _window(config), config.max_position_embeddings
+    require(
+        window is None or window >= length,
+        f"its attention slides a window of {window} tokens (sliding_window) over up to {length} (max_position_embeddings); up to "
+        f'{window} it is a model without: write "sliding_window": null and "max_position_embeddings": {window} for those alone',
+    )
+    require(config.hidden_act in ("silu", "swish"), f"hidden_act is {config.hidden_act!r:.40}; only silu (SwiGLU) is known")
+    require(not family.causal or getattr(config, "is_causal", True), f"a {family.model_type} that is not causal (is_causal)")
+    layer_types = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    require(not layer_types, f"it has layers of the type {', '.join(sorted(layer_types))} (layer_types)")
     require(not getattr(config, "mlp_bias", False), "its feed-forward blocks have biases (mlp_bias)")
     require(getattr(config, "quantization_config", None) is None, "its weights are quantized (quantization_config)")
     rope = _rope(config)
     require(rope.get("rope_type") in SCALINGS, f"RoPE is stretched by the rule {rope.get('rope_type')!r:.40} (rope_scaling)")
+    require(isinstance(rope.get("rope_theta"), int | float), "RoPE has no base (rope_theta)")
     require(rope.get("partial_rotary_factor", 1.0) == 1.0, "it rotates a part of each head only (partial_rotary_factor)")
     for name in ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale"):
         require(getattr(config, name, None) is None, f"it changes its logits ({name})")
+
+
+def _window(config: "PreTrainedConfig") -> int | None:
+    """Tokens that an attention layer sees at most; None if every layer sees all."""
+    layer_types = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    slides = getattr(config, "use_sliding_window", True) and "sliding_attention" in layer_types
+    return getattr(config, "sliding_window", None) if slides else None
 
 
 def _rope(config: "PreTrainedConfig") -> dict[str, Any]:

@@ -25,7 +25,7 @@ from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.errors import UserError
 from megatron_ext.hf.checkpoint_writer import LazyTensor, write_tensors
 from megatron_ext.hf.import_config import ImportedConfig, read_config
-from megatron_ext.hf.mask_token import MaskToken, add_mask_token, copy_tokenizer
+from megatron_ext.hf.mask_token import MaskToken, add_mask_token, check_ids, copy_tokenizer
 from megatron_ext.hf.output_folder import check_destination, published_when_complete
 from megatron_ext.hf.stock_checkpoint import StockSource, StockVerification, is_stock_checkpoint
 from megatron_ext.hf.verify import ReferenceLogits, VerificationReport, verify_import
@@ -107,7 +107,9 @@ def import_model(
     check_destination(checkpoint)
     source = _open(folder, tokenizer, model_fields)
     with published_when_complete(checkpoint) as aside:
-        new_tokenizer, mask = _tokenizer(source.copy_tokenizer(aside / TOKENIZER_FOLDER), with_mask_token)
+        path = source.copy_tokenizer(aside / TOKENIZER_FOLDER)
+        check_ids(source.folder, load_tokenizer(path), source.config.vocab_size)
+        new_tokenizer, mask = _tokenizer(path, with_mask_token)
         vocab_size = max(source.config.vocab_size, new_tokenizer.vocab_size)
         mappings = build_mappings(source.config.encoder, vocab_size, vocab_size)
         source.check(mappings)

@@ -4,16 +4,24 @@ import json
 import re
 import shutil
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_ext.checkpoint_files import TOKENIZER_FILES
-from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_ext.data.tokenizer import MASK_PIECES, Tokenizer, load_tokenizer
 from megatron_ext.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 MASK = "[MASK]"
-RESERVED = re.compile(r"<[^>]*(reserved|unused|placeholder|extra)[^>]*\d+[^>]*>|\[unused\d+\]", re.IGNORECASE)
+RESERVED = re.compile(
+    r"<[^>]*(reserved|unused|placeholder|extra|special)[^>]*\d+[^>]*>|\[(unused|control_)\d+\]",
+    re.IGNORECASE,
+)
 """How tokenizers spell ids that were left free for later."""
+NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
 @dataclass(frozen=True)
@@ -21,7 +29,7 @@ class MaskToken:
     """Which id is the mask token, and how it came to be."""
 
     how: Literal["present", "reserved", "appended"]
-    """The tokenizer had one; an id that it held in reserve; an id of its own after all others."""
+    """The tokenizer had one, named as such or not; an id that it held in reserve; an id of its own after all others."""
     id: int
     replaced: str | None = None
     """What the reserved id was called."""
@@ -31,22 +39,40 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy a model folder's tokenizer files; what `config.json` says of code of its own stays behind.
 
     Args:
-        source: the model folder.
+        source: the model folder, whose `config.json` is a JSON object.
         target: a folder that does not exist.
     """
     target.mkdir()
     for path in {path for name in TOKENIZER_FILES for path in source.glob(name)}:
         if path.is_file() and path.name != "config.json":
             shutil.copy(path, target)
-    config, settings = source / "config.json", target / "tokenizer_config.json"
-    names_class = settings.is_file() and "tokenizer_class" in json.loads(settings.read_text(encoding="utf-8"))
-    if config.is_file() and not names_class:  # transformers then looks the class up by the model type
-        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-        (target / "config.json").write_text(json.dumps({"model_type": model_type}))
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    # By these transformers chooses the tokenizer's class, for some model types whatever tokenizer_config.json says.
+    choice = {name: config[name] for name in ("model_type", "tokenizer_class") if name in config}
+    version = metadata.version("transformers")  # without it, it suspects an old Mistral tokenizer of a mistake, and warns
+    (target / "config.json").write_text(json.dumps({**choice, "transformers_version": version}))
+
+
+def check_ids(source: Path, tokenizer: Tokenizer, rows: int) -> None:
+    """Hold a model folder's tokenizer against its embedding.
+
+    Raises:
+        UserError: there are ids without a row.
+    """
+    if tokenizer.vocab_size > rows:
+        raise UserError(
+            f"{source} cannot be imported: its tokenizer has {tokenizer.vocab_size} ids, its embedding {rows} rows; the ids from "
+            f"{rows} on mean nothing to the model"
+        )
 
 
 def add_mask_token(folder: Path) -> tuple[Tokenizer, MaskToken]:
-    """Make sure that the tokenizer in a folder has a mask token; its files are rewritten if it has none.
+    """Make sure that the tokenizer in a folder has a mask token; its files are replaced if it has none.
+
+    A new mask token takes the spaces before it along, as the pieces that it stands for begin with them.
+
+    Args:
+        folder: holds the files of a tokenizer alone.
 
     Raises:
         UserError: the tokenizer cannot be read, or has no fast form to be changed.
@@ -56,49 +82,50 @@ def add_mask_token(folder: Path) -> tuple[Tokenizer, MaskToken]:
         return tokenizer, MaskToken("present", tokenizer.mask_id)
     fast = tokenizer.to_fast()
     pipeline = json.loads(fast.backend_tokenizer.to_str())
-    reserved = _first_reserved(pipeline)
-    if reserved is None:
-        fast.add_special_tokens({"mask_token": MASK})
-        fast.save_pretrained(folder)
-        changed = load_tokenizer(folder)
-        return changed, MaskToken("appended", _id_of(changed, folder))
-    _rename(pipeline, reserved)
-    fast.save_pretrained(folder)
-    (folder / "tokenizer.json").write_text(json.dumps(pipeline, ensure_ascii=False), encoding="utf-8")
-    _rename_in_config(folder / "tokenizer_config.json", reserved)
-    changed = load_tokenizer(folder)
-    return changed, MaskToken("reserved", _id_of(changed, folder), reserved)
+    unnamed = next((piece for piece in MASK_PIECES if piece in fast.get_vocab()), None)
+    reserved = None if unnamed else _first_reserved(fast, pipeline)
+    if reserved is not None:
+        _rename(pipeline, reserved)
+    changed = _plain(fast, pipeline, unnamed or MASK, reserved)
+    shutil.rmtree(folder)  # files of older formats would go on without the mask token
+    changed.save_pretrained(folder)
+    how = "present" if unnamed else "appended" if reserved is None else "reserved"
+    return load_tokenizer(folder), MaskToken(how, changed.mask_token_id, reserved)
 
 
-def _id_of(tokenizer: Tokenizer, folder: Path) -> int:
-    if tokenizer.mask_id is None:
-        raise UserError(f"tokenizer {folder}: no mask token can be added to it")
-    return tokenizer.mask_id
+def _plain(fast: "PreTrainedTokenizerFast", pipeline: dict[str, Any], mask: str, replaced: str | None) -> "PreTrainedTokenizerFast":
+    """A pipeline with the names of the special tokens, and no class of a model type that would build it again in its own way."""
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as TokenizersPipeline
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=TokenizersPipeline.from_str(json.dumps(pipeline)),
+        mask_token=AddedToken(mask, lstrip=True, normalized=False, special=True),
+        **{name: getattr(fast, name) for name in NAMED},
+        extra_special_tokens=[str(token) for token in fast.extra_special_tokens if str(token) != replaced],
+        chat_template=fast.chat_template,
+        model_max_length=fast.model_max_length,
+        padding_side=fast.padding_side,
+        clean_up_tokenization_spaces=False,
+    )
 
 
-def _first_reserved(pipeline: dict[str, Any]) -> str | None:
-    """The special token of lowest id that is held in reserve."""
+def _first_reserved(fast: "PreTrainedTokenizerFast", pipeline: dict[str, Any]) -> str | None:
+    """The special token of lowest id that is held in reserve, and that nothing has a use for."""
+    used = {getattr(fast, name) for name in NAMED}
+    template = json.dumps(pipeline["post_processor"], ensure_ascii=False)
     tokens = sorted((token["id"], token["content"]) for token in pipeline["added_tokens"] if token["special"])
-    return next((content for _, content in tokens if RESERVED.fullmatch(content)), None)
+    free = (content for _, content in tokens if content not in used and content not in template)
+    return next((content for content in free if RESERVED.fullmatch(content)), None)
 
 
 def _rename(pipeline: dict[str, Any], old: str) -> None:
     for token in pipeline["added_tokens"]:
         if token["content"] == old:
-            token["content"] = MASK
-    vocabulary = pipeline["model"].get("vocab")
-    if isinstance(vocabulary, dict) and old in vocabulary:
-        vocabulary[MASK] = vocabulary.pop(old)
-    elif isinstance(vocabulary, list):
+            token |= {"content": MASK, "lstrip": True}
+    vocabulary = pipeline["model"]["vocab"]
+    if isinstance(vocabulary, list):  # a Unigram's
         pipeline["model"]["vocab"] = [[MASK, score] if piece == old else [piece, score] for piece, score in vocabulary]
-
-
-def _rename_in_config(path: Path, old: str) -> None:
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    for token in tree.get("added_tokens_decoder", {}).values():
-        if token["content"] == old:
-            token["content"] = MASK
-    for name in ("additional_special_tokens", "extra_special_tokens"):
-        if isinstance(tree.get(name), list):
-            tree[name] = [token for token in tree[name] if (token.get("content") if isinstance(token, dict) else token) != old]
-    path.write_text(json.dumps({**tree, "mask_token": MASK}, ensure_ascii=False, indent=2), encoding="utf-8")
+    elif old in vocabulary:
+        vocabulary[MASK] = vocabulary.pop(old)

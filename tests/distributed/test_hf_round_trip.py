@@ -3,18 +3,15 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.hf.export import export_checkpoint
 from megatron_ext.hf.import_model import import_model
 from megatron_ext.runtime.launch import run_on_ranks
 from tests.distributed.models import Case
 from tests.unit.hf_models import RECIPES, weights_of, write_model
-from tests.unit.test_hf_export import tokenizer_file  # noqa: F401
 
 LAYOUTS = {2: {"TP2": Case(tensor=2), "PP2": Case(pipeline=2), "PP2 interleaved": Case(pipeline=2, virtual_pipeline=2)}}
 LAYOUTS[4] = {"TP2 x PP2": Case(tensor=2, pipeline=2)}
@@ -49,13 +46,12 @@ def save_at_layouts(names: list[str], folder: Path, layouts: dict[str, Case]) ->
 
 
 @pytest.fixture(scope="module")
-def folder(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every family's model, imported, and saved again from every layout."""
     folder = tmp_path_factory.mktemp("models")
-    tokenizer: Any = load_tokenizer(tokenizer_file).to_fast()
     for name, recipe in RECIPES.items():
         (folder / name).mkdir()
-        write_model(folder / name / "model", recipe, tokenizer)
+        write_model(folder / name / "model", recipe)
         import_model(folder / name / "model", folder / name / "checkpoint")
     for ranks, layouts in LAYOUTS.items():
         run_on_ranks(save_at_layouts, ranks, list(RECIPES), folder, layouts)

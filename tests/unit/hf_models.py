@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from tests.unit.hf_tokenizers import WRITERS
+
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500_000.0,
@@ -35,27 +37,29 @@ class Recipe:
     model_class: str
     changes: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
+    tokenizer: str = "with mask"
+    """A name in `hf_tokenizers.WRITERS`."""
 
 
 RECIPES = {
-    "llama 2": Recipe("LlamaConfig", "LlamaForCausalLM", {"num_key_value_heads": 6, "head_dim": 16}),
-    "llama 3.x": Recipe("LlamaConfig", "LlamaForCausalLM", {"rope_parameters": LLAMA3}),
+    "llama 2": Recipe("LlamaConfig", "LlamaForCausalLM", {"num_key_value_heads": 6, "head_dim": 16}, tokenizer="llama 2"),
+    "llama 3.x": Recipe("LlamaConfig", "LlamaForCausalLM", {"rope_parameters": LLAMA3}, tokenizer="llama 3"),
     "llama linear": Recipe(
         "LlamaConfig", "LlamaForCausalLM", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}
     ),
     "smollm tied": Recipe("LlamaConfig", "LlamaForCausalLM", {"tie_word_embeddings": True}, torch.bfloat16),
-    "mistral": Recipe("MistralConfig", "MistralForCausalLM", {"sliding_window": None}),
-    "qwen2": Recipe("Qwen2Config", "Qwen2ForCausalLM", {"head_dim": 16}),
-    "qwen2 tied": Recipe("Qwen2Config", "Qwen2ForCausalLM", {"tie_word_embeddings": True}, torch.bfloat16),
-    "qwen3": Recipe("Qwen3Config", "Qwen3ForCausalLM"),
+    "mistral": Recipe("MistralConfig", "MistralForCausalLM", {"sliding_window": None}, tokenizer="mistral"),
+    "qwen2": Recipe("Qwen2Config", "Qwen2ForCausalLM", {"head_dim": 16}, tokenizer="qwen"),
+    "qwen2 tied": Recipe("Qwen2Config", "Qwen2ForCausalLM", {"tie_word_embeddings": True}, torch.bfloat16, "qwen"),
+    "qwen3": Recipe("Qwen3Config", "Qwen3ForCausalLM", tokenizer="qwen"),
     "qwen3 tied": Recipe("Qwen3Config", "Qwen3ForCausalLM", {"tie_word_embeddings": True}),
     "qwen3 bidirectional": Recipe("Qwen3Config", "Qwen3ForCausalLM", {"is_causal": False}),
     "eurobert": Recipe("EuroBertConfig", "EuroBertForMaskedLM", {"mask_token_id": 4, "pad_token_id": 3}),
 }
 
 
-def write_model(folder: Path, recipe: Recipe, tokenizer: Any, max_shard_size: str = "5GB") -> torch.nn.Module:
-    """Build a random model, save it with a tokenizer, and return it."""
+def write_model(folder: Path, recipe: Recipe, max_shard_size: str = "5GB") -> torch.nn.Module:
+    """Build a random model, save it with its tokenizer, and return it."""
     import transformers
 
     torch.manual_seed(0)
@@ -65,7 +69,7 @@ def write_model(folder: Path, recipe: Recipe, tokenizer: Any, max_shard_size: st
         for parameter in model.parameters():  # norms and biases too: ones and zeros would hide what is mixed up
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.to(recipe.dtype).save_pretrained(folder, max_shard_size=max_shard_size)
-    tokenizer.save_pretrained(folder)
+    WRITERS[recipe.tokenizer](folder)
     return model
 
 

@@ -11,12 +11,13 @@ from megatron_ext.checkpoint_files import find_damage, read_run_file
 from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.errors import UserError
 from megatron_ext.hf.export import export_checkpoint
-from megatron_ext.hf.import_config import REASONS
 from megatron_ext.hf.import_model import import_model
+from megatron_ext.hf.mask_token import MaskToken
 from megatron_ext.hf.verify import LIMIT
 from megatron_ext.train.checkpoint_logits import checkpoint_logits
 from tests.unit.hf_models import RECIPES, Recipe, weights_of, write_model
-from tests.unit.test_hf_export import tokenizer_file  # noqa: F401
+from tests.unit.hf_tokenizers import VOCAB_SIZE, WRITERS, sample_lines
+from tests.unit.test_hf_import_config import SPELLINGS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,15 +28,10 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_file: Path) -> Any:  # noqa: F811
-    return load_tokenizer(tokenizer_file).to_fast()
-
-
 @pytest.mark.parametrize("name", RECIPES)
-def test_logits_are_those_of_transformers_and_the_bits_come_back(name: str, tokenizer: Any, tmp_path: Path) -> None:
+def test_logits_are_those_of_transformers_and_the_bits_come_back(name: str, tmp_path: Path) -> None:
     recipe = RECIPES[name]
-    model = write_model(tmp_path / "model", recipe, tokenizer, max_shard_size="150KB")
+    model = write_model(tmp_path / "model", recipe, max_shard_size="150KB")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
     report = import_model(tmp_path / "model", tmp_path / "checkpoint", reference_logits=checkpoint_logits)
     assert (report.architecture, report.dtype) == (recipe.model_class, recipe.dtype)
@@ -56,26 +52,65 @@ def test_logits_are_those_of_transformers_and_the_bits_come_back(name: str, toke
         assert configs[0].get(field) == configs[1].get(field), field
 
 
+SCALED_DOWN = {
+    "vocab_size": VOCAB_SIZE + 5,
+    "hidden_size": 72,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 512,
+}
+HEADS = {"Qwen2.5 0.5B": (6, 2), "SmolLM2 135M": (9, 3), "Qwen3 0.6B": (4, 2), "EuroBERT 210M": (6, 6), "Llama 2 7B": (6, 6)}
+TOKENIZERS = {"Llama 2 7B": "llama 2", "Mistral 0.3": "mistral", "Qwen2.5 0.5B": "qwen", "Qwen3 0.6B": "qwen"}
+
+
+@pytest.mark.parametrize("name", [name for name in SPELLINGS if "oldest" not in name])
+def test_a_hub_folder_in_its_own_spelling_computes_the_same(name: str, tmp_path: Path) -> None:
+    """The `config.json` of a known model with smaller numbers in it, beside weights of that shape in its dtype."""
+    import transformers
+
+    heads, groups = HEADS.get(name, (4, 2))
+    tree = SPELLINGS[name][0] | SCALED_DOWN | {"num_attention_heads": heads, "num_key_value_heads": groups}
+    if "head_dim" in tree:
+        tree |= {"head_dim": 24}
+    if name.startswith("EuroBERT"):
+        tree |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "mask_token_id": 4}
+    if name == "Llama 3.2 1B":  # the verified rows are shorter than the texts that it was trained on
+        tree |= {"rope_scaling": tree["rope_scaling"] | {"original_max_position_embeddings": 64}}
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/config.json").write_text(json.dumps(tree))
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "config")
+    model = getattr(transformers, tree["architectures"][0])(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, float(parameter.dim() == 1), 0.1)
+    dtype = getattr(torch, tree["torch_dtype"])
+    model.to(dtype).save_pretrained(tmp_path / "model")
+    WRITERS[TOKENIZERS.get(name, "with mask" if name.startswith("EuroBERT") else "llama 3")](tmp_path / "model")
+    (tmp_path / "model/config.json").write_text(json.dumps(tree))
+    report = import_model(tmp_path / "model", tmp_path / "checkpoint", reference_logits=checkpoint_logits)
+    assert report.verification is not None and report.verification.max_abs_diff < LIMIT
+    assert report.dtype == (torch.float32 if dtype == torch.float16 else dtype)
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "again", reference_logits=checkpoint_logits)
+    before, after = weights_of(tmp_path / "model"), weights_of(tmp_path / "again")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key].to(report.dtype), after[key]) for key in before)
+
+
 @pytest.mark.parametrize(
-    "recipe, field, word",
+    "field, word",
     [
-        (RECIPES["mistral"], {"sliding_window": 64}, "slides a window of 64 tokens"),
-        (RECIPES["llama 2"], {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        (RECIPES["llama 2"], {"mlp_bias": True}, "mlp_bias"),
-        (RECIPES["llama 2"], {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rule 'yarn'"),
-        (RECIPES["llama 2"], {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized"),
-        *((RECIPES["llama 2"], {"model_type": kind}, reason) for kind, reason in REASONS.items()),
-        (RECIPES["llama 2"], {"model_type": "llamas"}, "does not know it"),
-        (RECIPES["llama 2"], {"num_hidden_layers": 5}, "lacks model.layers.4"),
-        (RECIPES["llama 2"], {"num_hidden_layers": 3}, "holds model.layers.3"),
-        (RECIPES["llama 2"], {"intermediate_size": 96}, "has the shape [80, 96]"),
+        ({"num_hidden_layers": 5}, "lacks model.layers.4"),
+        ({"num_hidden_layers": 3}, "holds model.layers.3"),
+        ({"intermediate_size": 96}, "has the shape [80, 96]"),
+        ({"attention_bias": True}, "lacks model.layers.0.self_attn.q_proj.bias"),
+        ({"tie_word_embeddings": True}, "lm_head.weight is not the embedding"),
+        ({"sliding_window": 64, "model_type": "mistral"}, "slides a window of 64 tokens"),
+        ({"auto_map": {"AutoModelForCausalLM": "code.Model"}, "model_type": "own"}, "does not know it"),
     ],
-    ids=lambda value: str(value)[:40] if not isinstance(value, Recipe) else value.model_class,
+    ids=str,
 )
-def test_what_cannot_be_represented_is_refused_by_name(
-    recipe: Recipe, field: dict[str, Any], word: str, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
-) -> None:
-    write_model(tmp_path / "model", recipe, tokenizer)
+def test_a_folder_that_is_not_what_its_configuration_says_is_refused(field: dict[str, Any], word: str, tmp_path: Path) -> None:
+    write_model(tmp_path / "model", RECIPES["llama 2"])
     config = tmp_path / "model/config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **field}))
     with pytest.raises(UserError) as caught:
@@ -84,63 +119,117 @@ def test_what_cannot_be_represented_is_refused_by_name(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def without_mask(tokenizer_file: Path, folder: Path, reserved: bool) -> Any:  # noqa: F811
-    """The tokenizer without a mask token, with or without an id held in reserve."""
-    from transformers import PreTrainedTokenizerFast
-
-    pipeline = json.loads(load_tokenizer(tokenizer_file).to_fast().backend_tokenizer.to_str())
-    name = "<|reserved_special_token_0|>" if reserved else "plain"
-    for token in pipeline["added_tokens"]:
-        if token["content"] == "[MASK]":
-            token |= {"content": name, "special": reserved}
-    pipeline["model"]["vocab"][name] = pipeline["model"]["vocab"].pop("[MASK]")
-    folder.mkdir()
-    (folder / "tokenizer.json").write_text(json.dumps(pipeline))
-    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), pad_token="<pad>", eos_token="</s>")
-
-
-@pytest.mark.parametrize("reserved", [True, False])
-@pytest.mark.parametrize("spare_rows", [0, 5])
-def test_a_mask_token_is_found_a_place_and_round_trips(
-    reserved: bool,
-    spare_rows: int,
-    tokenizer_file: Path,  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    tokenizer = without_mask(tokenizer_file, tmp_path / "tokenizer", reserved)
-    assert tokenizer.mask_token_id is None
-    recipe = Recipe("LlamaConfig", "LlamaForCausalLM", {"vocab_size": 1003 + spare_rows})
-    write_model(tmp_path / "model", recipe, tokenizer)
-    plain = import_model(tmp_path / "model", tmp_path / "plain", reference_logits=checkpoint_logits)
-    assert plain.mask_token is None
-    report = import_model(tmp_path / "model", tmp_path / "checkpoint", with_mask_token=True, reference_logits=checkpoint_logits)
-    recorded = read_run_file(tmp_path / "checkpoint")["imported"]["mask_token"]
-    assert recorded["embedding"] == "mean"
-    if reserved:
-        assert (recorded["how"], recorded["replaced"]) == ("reserved", "<|reserved_special_token_0|>")
-        assert report.vocab_size == 1003 + spare_rows
-    else:
-        assert (recorded["how"], recorded["id"]) == ("appended", 1003)
-        assert report.vocab_size == 1003 + max(spare_rows, 1)
-    export_checkpoint(tmp_path / "checkpoint", tmp_path / "again", reference_logits=checkpoint_logits)
+@pytest.mark.parametrize(
+    ("family", "tokenizer"),
+    [
+        ("llama 2", "llama 2"),
+        ("llama 3.x", "llama 3"),
+        ("mistral", "mistral"),
+        ("qwen2", "qwen"),
+        ("qwen2", "llama 3"),  # transformers reads it as a Qwen2Tokenizer, whatever the folder says
+        ("qwen3", "llama 3"),
+        ("eurobert", "with mask"),
+    ],
+)
+def test_the_checkpoints_tokenizer_gives_the_ids_that_users_of_the_model_get(family: str, tokenizer: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
+    recipe = RECIPES[family]
+    changes = recipe.changes | {"vocab_size": VOCAB_SIZE + 5}  # a Qwen2Tokenizer adds an id of its own where it is missing
+    write_model(tmp_path / "model", Recipe(recipe.config_class, recipe.model_class, changes, tokenizer=tokenizer))
+    import_model(tmp_path / "model", tmp_path / "checkpoint")
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "model"), load_tokenizer(tmp_path / "checkpoint/tokenizer")
+    for line in sample_lines():
+        if "[" not in line and "<" not in line:  # a quoted special token is text in training
+            assert ours.encode(line) == theirs(line, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("spare_rows", [0, 5])
+@pytest.mark.parametrize(
+    ("name", "replaced"),
+    [
+        ("llama 2", None),
+        ("llama 3.x", "<|reserved_special_token_0|>"),
+        ("mistral", "[control_8]"),
+        ("qwen2", None),
+        ("qwen2 tied", None),
+        ("qwen3", None),
+    ],
+)
+def test_a_mask_token_is_found_a_place_and_round_trips(name: str, replaced: str | None, spare_rows: int, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    recipe = RECIPES[name]
+    changes = {**recipe.changes, "vocab_size": VOCAB_SIZE + spare_rows}
+    recipe = Recipe(recipe.config_class, recipe.model_class, changes, tokenizer=recipe.tokenizer)
+    write_model(tmp_path / "model", recipe)
+    source = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert source.mask_token is None
+    report = import_model(tmp_path / "model", tmp_path / "checkpoint", with_mask_token=True, reference_logits=checkpoint_logits)
+    recorded = read_run_file(tmp_path / "checkpoint")["imported"]["mask_token"]
+    mask_id = recorded["id"]
+    assert recorded["embedding"] == "mean" and recorded["replaced"] == replaced
+    if replaced:
+        assert (recorded["how"], mask_id) == ("reserved", source.convert_tokens_to_ids(replaced))
+        assert report.vocab_size == VOCAB_SIZE + spare_rows
+    else:
+        assert (recorded["how"], mask_id) == ("appended", VOCAB_SIZE)
+        assert report.vocab_size == VOCAB_SIZE + max(spare_rows, 1), "the embedding grows only where it is full"
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "again", reference_logits=checkpoint_logits)
     fast = AutoTokenizer.from_pretrained(tmp_path / "again")
-    assert fast.mask_token == "[MASK]" and fast.mask_token_id == recorded["id"]
-    assert fast("a [MASK] b", add_special_tokens=False)["input_ids"].count(recorded["id"]) == 1
+    assert (fast.mask_token, fast.mask_token_id) == ("[MASK]", mask_id)
+    begin, end = source("a")["input_ids"], source("a b")["input_ids"][-1]
+    # Qwen2's own class in transformers reads every special token without the spaces around it.
+    space = source(" ", add_special_tokens=False)["input_ids"] if name.startswith("qwen2") else []
+    assert fast("a [MASK] b")["input_ids"] == [*begin, *space, mask_id, end], "the mask takes the space of the piece that it hides"
+    assert fast.decode([mask_id]).strip() == "[MASK]"
+    text = "All human beings are born free, 1948.\n\tÀ bientôt"
+    assert fast(text)["input_ids"] == source(text)["input_ids"]
+    if replaced:
+        assert replaced not in fast.get_vocab() and len(fast) == len(source)
+    check_rows(tmp_path, mask_id)
+
+
+def check_rows(folder: Path, mask_id: int) -> None:
+    """The mask's rows are means of ordinary ones, all others as they were."""
+    special = set(load_tokenizer(folder / "checkpoint/tokenizer").special_ids) | {mask_id}
+    ordinary = [index for index in range(VOCAB_SIZE) if index not in special]
+    before, after = (weights_of(folder / name) for name in ("model", "again"))
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} & before.keys():
+        mean = before[name][ordinary].mean(dim=0)
+        torch.testing.assert_close(after[name][mask_id], mean, rtol=1e-5, atol=1e-6)
+        others = [index for index in range(len(before[name])) if index != mask_id]
+        assert torch.equal(after[name][others], before[name][others])
+
+
+def test_without_being_asked_no_mask_token_is_added(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", RECIPES["llama 3.x"])
+    assert import_model(tmp_path / "model", tmp_path / "checkpoint").mask_token is None
+    assert read_run_file(tmp_path / "checkpoint")["imported"]["mask_token"] is None
+
+
+def test_a_mask_token_that_is_there_is_left_alone(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", RECIPES["eurobert"])
+    report = import_model(tmp_path / "model", tmp_path / "checkpoint", with_mask_token=True)
+    assert report.mask_token == MaskToken("present", 4)
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "again")
     before, after = (weights_of(tmp_path / name)["model.embed_tokens.weight"] for name in ("model", "again"))
-    special = set(load_tokenizer(tmp_path / "checkpoint/tokenizer").special_ids) | {recorded["id"]}
-    ordinary = [index for index in range(1003) if index not in special]
-    torch.testing.assert_close(after[recorded["id"]], before[ordinary].mean(dim=0), rtol=1e-5, atol=1e-6)
-    others = [index for index in range(len(before)) if index != recorded["id"]]
-    assert torch.equal(after[others], before[others])
+    assert torch.equal(before, after)
 
 
-def test_a_broken_folder_is_one_line(tokenizer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_mask_token", [False, True])
+def test_a_tokenizer_with_ids_that_have_no_embedding_is_refused(with_mask_token: bool, tmp_path: Path) -> None:
+    write_model(tmp_path / "model", Recipe("LlamaConfig", "LlamaForCausalLM", {"vocab_size": 1002}, tokenizer="llama 2"))
+    with pytest.raises(UserError, match="its tokenizer has 1003 ids, its embedding 1002 rows"):
+        import_model(tmp_path / "model", tmp_path / "checkpoint", with_mask_token=with_mask_token)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_broken_folder_is_one_line(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     with pytest.raises(UserError, match="there is no such file"):
         import_model(folder, tmp_path / "checkpoint")
-    write_model(folder, RECIPES["llama 2"], tokenizer)
+    write_model(folder, RECIPES["llama 2"])
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1000])
