@@ -51,9 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--register",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="log configuration, model card, sums and figures to the MLflow run that trained the checkpoint, if it says which "
-        "(default: on); the weights are not logged, and a failure is a warning",
+        help="log configuration, model card, sums and figures, not the weights, to the MLflow run that trained the checkpoint; a "
+        "failure is a warning (default: on if the checkpoint lies in its run's folder; --register: wherever it lies)",
     )
     export.add_argument("--max-shard-size", default="5GB", help="limit of one weight file (default: 5GB)")
     export.add_argument("--report", type=Path, help="write the figures of the verification to this JSON file")
@@ -147,8 +146,8 @@ def _export(arguments: argparse.Namespace, reference_logits: Any) -> int:
     _print_export(report)
     if report.verifications:
         _write_report(arguments.report, asdict(report.verifications[-1]))
-    if arguments.register:
-        _register(report, arguments.checkpoint, arguments.out_dir.absolute().name)
+    if arguments.register is not False:
+        _register(report, arguments.checkpoint, arguments.out_dir.absolute().name, bool(arguments.register))
     return 0
 
 
@@ -164,8 +163,9 @@ def _export_run(arguments: argparse.Namespace, reference_logits: Any) -> int:
         _print_export(revision.report)
         if revision.report.verifications:
             figures[revision.name] = asdict(revision.report.verifications[-1])
-        if arguments.register:
-            _register(revision.report, revision.checkpoint, f"{arguments.out_dir.absolute().name}.{revision.name}")
+        if arguments.register is not False:
+            name = f"{arguments.out_dir.absolute().name}.{revision.name}"
+            _register(revision.report, revision.checkpoint, name, bool(arguments.register))
 
     options = Options(arguments.family, arguments.dtype, arguments.max_shard_size)
     done = export_run(arguments.checkpoint, arguments.out_dir, options, reference_logits=reference_logits, on_revision=tell)
@@ -194,7 +194,7 @@ def _write_report(path: Path | None, figures: dict[str, Any]) -> None:
         raise UserError(f"--report {path} cannot be written ({error.strerror or error})") from None
 
 
-def _register(report: Any, checkpoint: Path, name: str) -> None:
+def _register(report: Any, checkpoint: Path, name: str, any_server: bool) -> None:
     """Log the export to the run that trained it, if there is one; a store that is away costs a warning."""
     from megatron_ext.hf.registration import RegistrationError, is_tracked, register_export
     from megatron_ext.train.mlflow_delivery import tracking_uri
@@ -202,7 +202,8 @@ def _register(report: Any, checkpoint: Path, name: str) -> None:
     if not is_tracked(checkpoint):
         return
     try:
-        print(f"registered in MLflow: {register_export(report, checkpoint, name, tracking_uri)}")
+        place = register_export(report, checkpoint, name, tracking_uri, any_server=any_server)
+        print(f"registered in MLflow: {place}")
     except RegistrationError as error:
         warn(f"the export is complete, but was not registered in MLflow ({error})")
 

@@ -1,6 +1,7 @@
 """An export as an artifact of the MLflow run that trained it: what was written, where, and what its verification measured.
 
-A few small files go to MLflow, not the weights; these are told apart by their sums.
+A few small files go to MLflow, not the weights; these are told apart by their sums. A checkpoint may come from anywhere: unless
+it lies in the run's folder that it names, no server that it names is called without being asked to, and credentials stay here.
 """
 
 import json
@@ -41,7 +42,9 @@ def is_tracked(checkpoint: Path) -> bool:
     return record["mlflow_run_id"] is not None and isinstance(record["config"].get("tracking"), dict)
 
 
-def register_export(report: "ExportReport", checkpoint: Path, name: str, tracking_uri: TrackingUri) -> str:
+def register_export(
+    report: "ExportReport", checkpoint: Path, name: str, tracking_uri: TrackingUri, *, any_server: bool = False
+) -> str:
     """Log an export to the run that trained its checkpoint.
 
     Args:
@@ -49,6 +52,7 @@ def register_export(report: "ExportReport", checkpoint: Path, name: str, trackin
         checkpoint: what was exported; `is_tracked`.
         name: the artifact's folder is `exports/<name>`; registering the same name again replaces it.
         tracking_uri: where a run keeps its store.
+        any_server: call the server that a checkpoint names even if it lies outside the output_dir that it names.
 
     Returns:
         Where it lies: run and artifact path.
@@ -59,8 +63,11 @@ def register_export(report: "ExportReport", checkpoint: Path, name: str, trackin
     record = read_run_file(checkpoint)
     run_id, folder = record["mlflow_run_id"], artifact_folder(name)
     try:
-        client = _client(_store(record, checkpoint, tracking_uri))
-        _check_artifacts(client.get_run(run_id).info.artifact_uri)
+        uri, run_folder = _store(record, checkpoint, tracking_uri, any_server)
+        client = _client(uri)
+        artifacts = client.get_run(run_id).info.artifact_uri
+        if run_folder and not _is_inside(artifacts, run_folder):
+            raise RegistrationError(f"its artifacts belong in {artifacts}, outside {run_folder}, which has been moved")
         with tempfile.TemporaryDirectory() as aside:
             for file in COPIED:
                 (Path(aside) / file).write_bytes((report.folder / file).read_bytes())
@@ -100,30 +107,28 @@ def _dtype(report: "ExportReport") -> str:
     return str(report.dtype).removeprefix("torch.")
 
 
-def _store(record: dict[str, Any], checkpoint: Path, tracking_uri: TrackingUri) -> str:
-    """Address of the run's tracking store; an embedded one lies in the run's folder, wherever that was moved to."""
+def _store(record: dict[str, Any], checkpoint: Path, tracking_uri: TrackingUri, any_server: bool) -> tuple[str, Path | None]:
+    """Address of the run's tracking store, and the run's folder if the store is the file in it."""
     configured = record["config"]["tracking"].get("uri")
-    if configured and is_redacted(configured):
-        configured = without_user_info(configured)  # MLflow takes credentials from its environment variables
-        if is_redacted(configured):
-            raise RegistrationError(f"the run's tracking.uri was {configured}, and its secret is stored nowhere")
-    run_folders = [checkpoint.absolute().parent.parent, Path(record["config"].get("output_dir") or ".")]
-    stores = [tracking_uri(configured, folder) for folder in run_folders]
-    found = [store for store in stores if not store.startswith(SQLITE) or Path(store.removeprefix(SQLITE)).is_file()]
-    if not found:  # MLflow would make an empty one
-        raise RegistrationError(f"there is no {stores[0].removeprefix(SQLITE)}")
-    return found[0]
+    run_folder, named = checkpoint.resolve().parent.parent, Path(record["config"].get("output_dir") or "").resolve()
+    if not configured:
+        database = Path(tracking_uri(None, run_folder).removeprefix(SQLITE))
+        if not database.is_file():  # MLflow would make an empty one
+            raise RegistrationError(f"there is no {database}")
+        return tracking_uri(None, run_folder), run_folder
+    address = without_user_info(configured) if is_redacted(configured) else configured  # its environment variables know the rest
+    if is_redacted(address):
+        raise RegistrationError(f"the run's tracking.uri was {configured}, and its secret is stored nowhere")
+    if run_folder != named and not any_server:
+        raise RegistrationError(
+            f"the checkpoint is not in {named}, the run's folder: --register calls {redact(address)} nevertheless"
+        )
+    return tracking_uri(address, run_folder), None
 
 
-def _check_artifacts(uri: str) -> None:
-    """A run folder that was moved leaves MLflow with the old address of its artifacts: do not write there."""
-    parsed = urlparse(uri)
-    if parsed.scheme not in ("", "file"):
-        return
-    # .../mlflow_artifacts/<run id>/artifacts
-    root = Path(unquote(parsed.path)).parent.parent
-    if not root.parent.is_dir():
-        raise RegistrationError(f"the run's artifacts belong in {root}, whose folder is gone")
+def _is_inside(artifact_uri: str, folder: Path) -> bool:
+    parsed = urlparse(artifact_uri)
+    return parsed.scheme in ("", "file") and Path(unquote(parsed.path)).resolve().is_relative_to(folder)
 
 
 def _client(uri: str) -> "MlflowClient":
