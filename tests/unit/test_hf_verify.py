@@ -330,9 +330,7 @@ def test_float16_is_refused_where_a_weight_overflows(checkpoint: Path, tmp_path:
         if not overflows:
             export_checkpoint(tmp_path / f"checkpoint-{overflows}", tmp_path / "model", dtype=torch.float16)
             continue
-        message = (
-            r"largest number is 65504, but .* has 70000 in decoder\.layers\.0\.mlp\.linear_fc2\.weight: .* bfloat16 or"
-        )
+        message = r"largest number is 65504, but .* has 70000 in decoder\.layers\.0\.mlp\.linear_fc2\.weight: .* bfloat16 or"
         with pytest.raises(UserError, match=message):
             export_checkpoint(tmp_path / f"checkpoint-{overflows}", tmp_path / "refused", dtype=torch.float16)
     assert not (tmp_path / "refused").exists()
