@@ -158,8 +158,7 @@ class _Listing:
         if entry is None or entry.get("source_key") != key:
             return False
         folder = self._out_dir / name
-        names = _file_names(folder) if folder.is_dir() else []
-        return names == sorted(entry["files"]) and describe_files(folder, names) == entry["files"]
+        return folder.is_dir() and describe_files(folder, _file_names(folder)) == entry.get("files")
 
     def add(self, name: str, key: str, checkpoint: Path, record: dict[str, Any], report: ExportReport) -> None:
         """Write down a finished revision."""

@@ -79,8 +79,7 @@ def _front_matter(record: RunRecord, family: Family) -> str:
 def _introduction(record: RunRecord, family: Family, parameters: int) -> str:
     trained, exported = ("causal" if causal else "bidirectional" for causal in (record.causal, family.causal))
     text = (
-        f"# {family.architecture}, {parameters / 1e6:,.1f}M parameters\n\n"
-        f"Pretrained with megatron_ext and exported after step {record.step:,}. Attention in the last step: {trained}."
+        f"# {family.architecture}, {parameters / 1e6:,.1f}M parameters\n\n{_origin(record)} Attention in the last step: {trained}."
     )
     if trained != exported:
         text += (
@@ -88,6 +87,15 @@ def _introduction(record: RunRecord, family: Family, parameters: int) -> str:
             "further training or fine-tuning, and its masked-token predictions mean nothing yet."
         )
     return text
+
+
+def _origin(record: RunRecord) -> str:
+    imported = record.tree.get("imported")
+    if not imported:
+        return f"Pretrained with megatron_ext and exported after step {record.step:,}."
+    if record.step == 0:
+        return f"The model {imported.get('folder')}, imported into megatron_ext and exported without training."
+    return f"Trained further with megatron_ext from {imported.get('folder')}, and exported after step {record.step:,}."
 
 
 def _training(tree: dict[str, Any]) -> dict[str, Any]:

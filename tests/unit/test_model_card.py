@@ -60,7 +60,7 @@ CHECKED = VerificationReport("float32", 3e-6, 2e-7, 900, 0.7, WeightReport(20, 1
 
 def card(family: str = "eurobert", verifications: tuple[VerificationReport, ...] = (CHECKED,), **changes: Any) -> str:
     tree = {**TREE, **changes}
-    record = RunRecord(ENCODER, 1003, 1024, FAMILIES[family].causal, 40, None, Path("t"), "7" * 64, tree)
+    record = RunRecord(ENCODER, 1003, 1024, FAMILIES[family].causal, tree["step"], None, Path("t"), "7" * 64, tree)
     return model_card(record, FAMILIES[family], "float32", 123_456, verifications, None)
 
 
@@ -128,7 +128,10 @@ def test_the_line_is_told_from_the_first_model_on() -> None:
 
 
 def test_an_import_that_was_not_trained_says_where_it_is_from() -> None:
-    rows = table_after(card(imported=IMPORTED, step=0, tokens=0, flops=0.0, phase="imported"), "## Lineage")
+    text = card(imported=IMPORTED, step=0, tokens=0, flops=0.0, phase="imported")
+    assert "Great-Model-8B, imported into megatron_ext and exported without training" in text
+    assert "Trained further with megatron_ext from Great-Model-8B" in card(imported=IMPORTED)
+    rows = table_after(text, "## Lineage")
     assert [row["from"] for row in rows][0].startswith("Great-Model-8B") and rows[-1]["tokens"] == "0"
 
 
