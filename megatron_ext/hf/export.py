@@ -68,7 +68,7 @@ def export_checkpoint(
         out_dir: destination; must not exist, or be empty.
         family: a name in `FAMILIES`, or `auto`: one that has the model's shape and the attention of its last step, that which it
             was imported from first.
-        dtype: float32 or bfloat16; None keeps the dtype of the training.
+        dtype: float32, bfloat16 or float16; None keeps the dtype of the training.
         max_shard_size: limit of one weight file, such as `500MB` or `5GB`. A single weight is never cut.
         reference_logits: the training code's forward pass, to verify against; None leaves verification out.
 
@@ -86,6 +86,7 @@ def export_checkpoint(
     job = _Job(reader, target, mappings, _recorded_tokenizer(reader, target), largest_file)
     dtype = dtype or reader.tensors[EMBEDDING_KEY].dtype
     parameters = sum(mapping.parameters for mapping in mappings)
+    check_range(reader, dtype)
     with published_when_complete(out_dir) as folder:
         if reference_logits is None:
             files, verifications, rounding = job.write(folder, dtype), (), None
@@ -141,12 +142,11 @@ class _Job:
         report = verify_export(
             folder,
             family=self.family,
+            reader=self.reader,
             tokenizer=self.tokenizer,
-            vocab_size=self.reader.record.vocab_size,
+            dtype=dtype,
             token_rows=rows,
             reference=reference,
-            trained_causal=self.reader.record.causal,
-            weights=_name(dtype),
         )
         return files, report
 
@@ -166,6 +166,26 @@ class _Job:
         tokenizer = self.tokenizer
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
         GenerationConfig(**ids).save_pretrained(folder)
+
+
+def check_range(reader: CheckpointReader, dtype: torch.dtype) -> None:
+    """Refuse to round a checkpoint to a dtype in which one of its weights would become infinite.
+
+    Raises:
+        UserError: naming the tensor and its largest weight.
+    """
+    largest_of_dtype = torch.finfo(dtype).max
+    for key, info in reader.tensors.items():
+        if torch.finfo(info.dtype).max <= largest_of_dtype:
+            continue
+        weights = reader.read(key)
+        overflows = weights.isfinite() & weights.to(dtype).isinf()
+        if overflows.any():
+            others = [_name(other) for other in (torch.bfloat16, torch.float32) if torch.finfo(other).max > largest_of_dtype]
+            raise UserError(
+                f"the dtype is {_name(dtype)}, whose largest number is {largest_of_dtype:.6g}, but checkpoint {reader.directory} "
+                f"has {weights[overflows].abs().max().item():.6g} in {key}: export it as {' or '.join(others)}"
+            )
 
 
 def hf_config(reader: CheckpointReader, family: Family, tokenizer: Tokenizer, dtype: torch.dtype) -> "PreTrainedConfig":
