@@ -25,7 +25,8 @@ from megatron_ext.hf.families import choose_family
 from megatron_ext.hf.import_config import ImportedConfig
 from megatron_ext.hf.mask_token import copy_tokenizer
 from megatron_ext.hf.stock_shape import stock_encoder
-from megatron_ext.hf.verify import PROBE_LENGTH, UNMOVED, ReferenceLogits, VerificationError, verification_rows
+from megatron_ext.hf.verification_error import VerificationError
+from megatron_ext.hf.verify import PROBE_LENGTH, UNMOVED, ReferenceLogits, verification_rows
 from megatron_ext.hf.weight_map import Mapping, StripVocabularyPadding
 from megatron_ext.model.presets import EncoderConfig
 from megatron_ext.regular_file import read_small_file

@@ -58,8 +58,8 @@ RECIPES = {
 }
 
 
-def write_model(folder: Path, recipe: Recipe, max_shard_size: str = "5GB") -> torch.nn.Module:
-    """Build a random model, save it with its tokenizer, and return it."""
+def write_model(folder: Path, recipe: Recipe, max_shard_size: str = "5GB", tokenizer: Any = None) -> torch.nn.Module:
+    """Build a random model, save it with its family's tokenizer or a given one, and return it."""
     import transformers
 
     torch.manual_seed(0)
@@ -69,7 +69,10 @@ def write_model(folder: Path, recipe: Recipe, max_shard_size: str = "5GB") -> to
         for parameter in model.parameters():  # norms and biases too: ones and zeros would hide what is mixed up
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.to(recipe.dtype).save_pretrained(folder, max_shard_size=max_shard_size)
-    WRITERS[recipe.tokenizer](folder)
+    if tokenizer is None:
+        WRITERS[recipe.tokenizer](folder)
+    else:
+        tokenizer.save_pretrained(folder)
     return model
 
 

@@ -62,7 +62,7 @@ def write_step(run: Path, template: Path, step: int, run_key: str = "key") -> Pa
 @pytest.fixture(scope="module")
 def template(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("template")
-    write_model(folder / "hf", RECIPE, load_tokenizer(corpus.tokenizer).to_fast())
+    write_model(folder / "hf", RECIPE, tokenizer=load_tokenizer(corpus.tokenizer).to_fast())
     import_model(folder / "hf", folder / "checkpoint")
     return folder / "checkpoint"
 

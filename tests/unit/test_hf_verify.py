@@ -74,7 +74,7 @@ def checkpoint(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     prefix = folder / "tokenizer"
     train_tokenizer([texts], prefix, vocab_size=800, model_type="bpe")
-    write_model(folder / "hf", RECIPES["eurobert"], load_tokenizer(Path(f"{prefix}.model")).to_fast())
+    write_model(folder / "hf", RECIPES["eurobert"], tokenizer=load_tokenizer(Path(f"{prefix}.model")).to_fast())
     import_model(folder / "hf", folder / "checkpoint")
     return folder / "checkpoint"
 

@@ -29,8 +29,8 @@ from megatron_ext.hf.verify import VerificationError
 from megatron_ext.hf.weight_map import build_mappings
 from megatron_ext.train.checkpoint_logits import checkpoint_logits
 from megatron_ext.unpickling import NotPlain, read_arguments
+from tests.unit.hf_tokenizers import write_qwen
 from tests.unit.test_hf_export import tokenizer_file  # noqa: F401
-from tests.unit.test_hf_import import without_mask
 
 ROOT = Path(__file__).parents[2]
 LAYERS, HIDDEN, FFN, HEADS, GROUPS, ROWS = 3, 48, 80, 6, 2, 1152
@@ -302,8 +302,10 @@ def test_an_index_of_an_older_torch_is_read(tokenizer_file: Path, tmp_path: Path
     import_model(folder, tmp_path / "checkpoint", tokenizer=tokenizer_file)
 
 
-def test_a_mask_token_is_added(tokenizer_file: Path, tmp_path: Path) -> None:  # noqa: F811
-    without_mask(tokenizer_file, tmp_path / "tokenizer", reserved=False).save_pretrained(tmp_path / "tokenizer")
+def test_a_mask_token_is_added(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    write_qwen(tmp_path / "tokenizer")
     folder = write_stock(tmp_path / "save")
     options: dict[str, Any] = {"with_mask_token": True, "reference_logits": checkpoint_logits}
     report = import_model(folder, tmp_path / "checkpoint", tokenizer=tmp_path / "tokenizer", **options)
