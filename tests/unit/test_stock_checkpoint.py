@@ -3,6 +3,7 @@
 import argparse
 import enum
 import io
+import json
 import os
 import pickle
 import subprocess
