@@ -65,7 +65,8 @@ def finetune(name: str, folder: str, learning_rate: float, seed: int, reviews: P
     torch.manual_seed(seed)
     started = time.perf_counter()
     classifier = _classifier(folder)
-    rows = [json.loads(line) for line in reviews.read_text(encoding="utf-8").splitlines()]
+    with open(reviews, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
     training = [row for row in rows if row["split"] == "train"]
     steps = EPOCHS * (len(training) // BATCH_SIZE)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=learning_rate, weight_decay=0.01)
