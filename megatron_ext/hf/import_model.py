@@ -211,7 +211,7 @@ def _write_record(
             "family": config.family.name,
             "architecture": config.family.architecture,
             "folder": folder.resolve().name,
-            "files": {path.name: sha256(path) for path in (folder / "config.json", *source.files)},
+            "files": {"config.json": sha256(folder / "config.json"), **source.sums()},
             "mask_token": None if mask is None else {**asdict(mask), "embedding": "as it was" if mask.how == "present" else "mean"},
         },
         "encoder": vars(config.encoder),

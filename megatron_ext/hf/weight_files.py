@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_ext.errors import UserError
 from megatron_ext.hf.checkpoint_reader import CheckpointReader
-from megatron_ext.hf.hashed_file import HashedFile
+from megatron_ext.hf.finite import all_finite
 from megatron_ext.hf.weight_map import Mapping
 
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -110,7 +110,7 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     waiting = iter(shapes.items())
-    with HashedFile(path) as file:
+    with open(path, "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in tensors:
             assert (name, tuple(tensor.shape)) == next(waiting) and tensor.dtype == dtype, name
@@ -140,6 +140,6 @@ def _file_names(count: int) -> tuple[str, ...]:
 
 def _read(reader: CheckpointReader, mapping: Mapping, dtype: torch.dtype) -> Tensor:
     tensor = reader.read(mapping.megatron_key).to(dtype)
-    if not torch.isfinite(tensor).all():
+    if not all_finite(tensor):
         raise UserError(f"checkpoint {reader.directory}: {mapping.megatron_key} holds NaN or infinity")
     return tensor
