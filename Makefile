@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo adapt test test-slow soak lint clean
+.PHONY: install demo adapt test test-slow soak bench-conversion lint clean
 
 install: $(INSTALLED)
 
@@ -32,6 +32,10 @@ test-slow: install
 # One run killed at random 30 times, with damaged checkpoints, against the undisturbed one. Results in build/soak.
 soak: install
 	$(BIN)/python -m tests.soak.run --output-dir build/soak
+
+# Time and memory of import and export beside a plain copy, and parity for each family. Results in build/conversion.
+bench-conversion: install
+	$(BIN)/python -m tests.conversion.measure --output-dir build/conversion
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Reads a Hugging Face model's configuration as one of our shapes, or says by name why it cannot be one."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,9 @@ REASONS = {
 }
 """Why a model type is not one of ours."""
 
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+"""A model on the hub; a folder on somebody's disk is none."""
+
 SCALINGS = {"default": "none", "linear": "linear", "llama3": "llama3"}
 
 
@@ -52,6 +56,8 @@ class ImportedConfig:
     encoder: EncoderConfig
     vocab_size: int
     """Rows of the embedding; a tokenizer may have fewer ids."""
+    base_model: str | None = None
+    """Its name on a hub, if the configuration gives one."""
 
 
 def read_config(folder: Path) -> ImportedConfig:
@@ -73,7 +79,9 @@ def read_config(folder: Path) -> ImportedConfig:
         family = FAMILIES["qwen3-bidirectional"]
     config = _parse(folder)
     _check(folder, config, family)
-    return ImportedConfig(family, _encoder(folder, config, family), int(config.vocab_size))
+    name = tree.get("_name_or_path")  # also the path on the machine that it was saved on
+    base_model = name if isinstance(name, str) and HUB_NAME.fullmatch(name) else None
+    return ImportedConfig(family, _encoder(folder, config, family), int(config.vocab_size), base_model)
 
 
 def _read_tree(path: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The exported model's README.md: what it is, how to use it, and where it comes from."""
 
 import json
-import re
 from dataclasses import asdict
 from typing import Any
 
@@ -9,6 +8,7 @@ import yaml
 
 from megatron_ext.hf.checkpoint_reader import RunRecord
 from megatron_ext.hf.families import Family
+from megatron_ext.hf.import_config import HUB_NAME
 from megatron_ext.hf.verify import LIMIT, Rounding, VerificationReport
 from megatron_ext.hf.verify_tokenizer import TokenizerReport
 from megatron_ext.secrets import redact
@@ -21,8 +21,6 @@ USAGE = {
     'generate("The capital of France is")',
 }
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
-"""A model on the hub; a folder on somebody's disk is none."""
 
 COUNTERS = ("samples", "tokens", "predicted_tokens", "flops")
 ANCESTOR_COLUMNS = ("step", "phase", *COUNTERS, "mlflow_run_id", "created")

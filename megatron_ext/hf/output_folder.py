@@ -21,12 +21,23 @@ def check_destination(out_dir: Path) -> None:
 
 @contextlib.contextmanager
 def published_when_complete(out_dir: Path) -> Iterator[Path]:
-    """A folder beside `out_dir` that is renamed to it at the end of the block, or removed if the block fails."""
+    """A folder beside `out_dir` that is renamed to it, once all is on the disk, at the end of the block; removed if that fails."""
     folder = out_dir.absolute().parent / f".{out_dir.name}.{os.getpid()}.tmp"
     folder.mkdir(parents=True)
     try:
         yield folder
+        for path in (*folder.rglob("*"), folder):
+            _sync(path)
         folder.rename(out_dir)
     except BaseException:
         shutil.rmtree(folder)
         raise
+
+
+def _sync(path: Path) -> None:
+    """Make a file's content, or what is in a folder, last through a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

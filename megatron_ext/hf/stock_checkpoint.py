@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_ext.checkpoint_files import sha256
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.errors import UserError, one_line, warn
 from megatron_ext.hf.checkpoint_reader import CheckpointReader
@@ -27,7 +28,7 @@ from megatron_ext.hf.mask_token import copy_tokenizer
 from megatron_ext.hf.stock_shape import stock_encoder
 from megatron_ext.hf.verification_error import VerificationError
 from megatron_ext.hf.verify import PROBE_LENGTH, UNMOVED, ReferenceLogits, verification_rows
-from megatron_ext.hf.weight_map import Mapping, StripVocabularyPadding
+from megatron_ext.hf.weight_map import Mapping, is_vocabulary
 from megatron_ext.model.presets import EncoderConfig
 from megatron_ext.regular_file import read_small_file
 from megatron_ext.unpickling import COMMON_FILE, INDEX_FILE, read_arguments, read_index
@@ -84,7 +85,7 @@ class StockSource:
         self._check_layers(encoder)
         self.config = ImportedConfig(choose_family("auto", encoder, True, None), encoder, self._rows(stored.values or {}))
         names = {info.relative_path for info in self._index.storage_data.values()} | {INDEX_FILE, COMMON_FILE}
-        self.files = [self.folder / name for name in sorted(names) if (self.folder / name).is_file()]
+        self._files = [self.folder / name for name in sorted(names) if (self.folder / name).is_file()]
         named = re.fullmatch(r"iter_(\d+)", self.folder.name)
         iteration = stored.iteration if stored.iteration is not None or named is None else int(named[1])
         self.origin = {"source": "megatron", "iteration": iteration}
@@ -96,6 +97,10 @@ class StockSource:
             return target
         target.mkdir()
         return Path(shutil.copy(self._tokenizer, target))
+
+    def sums(self) -> dict[str, str]:
+        """See `import_model.Source`."""
+        return {path.name: sha256(path) for path in self._files}
 
     def check(self, mappings: list[Mapping]) -> None:
         """Hold names, shapes and dtypes against the table, so that nothing is left out or made up.
@@ -112,7 +117,7 @@ class StockSource:
             key, chunk = self._locate(mapping)
             stored = self._tensors[key]
             whole = (self.config.encoder.num_layers, *chunk.sizes[1:]) if self._is_stacked(mapping) else tuple(chunk.sizes)
-            if isinstance(mapping.converter, StripVocabularyPadding):
+            if is_vocabulary(mapping):
                 whole = (max(stored.size[0], whole[0]), *whole[1:])
             if tuple(stored.size) != whole:
                 raise UserError(
@@ -154,7 +159,7 @@ class StockSource:
         reader = CheckpointReader(checkpoint)
         for mapping in mappings:
             written, source = reader.read(mapping.megatron_key), self.read(mapping).to(self.dtype(mapping))
-            skipped = tokenizer.mask_id if isinstance(mapping.converter, StripVocabularyPadding) else None
+            skipped = tokenizer.mask_id if is_vocabulary(mapping) else None
             before, after = (len(source), len(source)) if skipped is None else (skipped, skipped + 1)
             is_equal = torch.equal(written[:before], source[:before])
             if not (is_equal and torch.equal(written[after : len(source)], source[after:])):
@@ -165,7 +170,7 @@ class StockSource:
     def _locate(self, mapping: Mapping) -> tuple[str, ChunkStorageMetadata]:
         """Key of the stored tensor, and which part of it the table's tensor is."""
         shape = mapping.converter.megatron_shape
-        if isinstance(mapping.converter, StripVocabularyPadding):
+        if is_vocabulary(mapping):
             shape = (self.config.vocab_size, *shape[1:])
         if not self._is_stacked(mapping):
             return mapping.megatron_key, ChunkStorageMetadata(torch.Size([0] * len(shape)), torch.Size(shape))

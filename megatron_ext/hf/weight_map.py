@@ -174,6 +174,11 @@ class Mapping:
         return self.converter.from_hf(tensors)
 
 
+def is_vocabulary(mapping: Mapping) -> bool:
+    """Whether the tensor has one row for each token: the embedding and the head."""
+    return isinstance(mapping.converter, StripVocabularyPadding)
+
+
 def build_mappings(encoder: EncoderConfig, vocab_size: int, padded_vocab_size: int) -> list[Mapping]:
     """The table of a model of this shape, in the model's order.
 
