@@ -93,12 +93,15 @@ def _classifier(folder: str) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # that the language-model head is left out is meant
 
     class Classifier(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            self.encoder = AutoModel.from_pretrained(folder, dtype=torch.float32)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            self.encoder = AutoModel.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            )
             self.head = torch.nn.Linear(self.encoder.config.hidden_size, len(LABELS))
 
         def forward(self, texts: list[str]) -> torch.Tensor:

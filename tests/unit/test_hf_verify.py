@@ -353,6 +353,7 @@ def test_rows_of_padding_are_caught(checkpoint: Path, tmp_path: Path, monkeypatc
     report = export_checkpoint(folder, tmp_path / "model", reference_logits=reference)
     assert report.verifications[0].weight_report.parameters == report.parameters
     monkeypatch.setattr(weight_map.StripVocabularyPadding, "to_hf", lambda self, tensor: (tensor[:1004],))
+    monkeypatch.setattr(weight_map.StripVocabularyPadding, "hf_shapes", property(lambda self: ((1004, self.hidden_size),)))
     with pytest.raises(VerificationError, match="has 1004 rows for the vocabulary of 1003"):
         export_checkpoint(folder, tmp_path / "wrong", reference_logits=reference)
     assert not (tmp_path / "wrong").exists()

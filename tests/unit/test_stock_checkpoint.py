@@ -386,11 +386,11 @@ def test_a_tensor_that_was_changed_on_the_way_is_found(
 ) -> None:
     folder = write_stock(tmp_path / "save")
 
-    def swapped(target: Path, tensors: list[LazyTensor]) -> None:
+    def swapped(target: Path, tensors: list[LazyTensor]) -> dict[str, Any]:
         norms = [tensor for tensor in tensors if tensor.key.endswith("layer_norm_weight")]
         first, second = norms[:2]
         exchanged = {first.key: second.load, second.key: first.load}
-        write_tensors(target, [LazyTensor(t.key, t.shape, t.dtype, exchanged.get(t.key, t.load)) for t in tensors])
+        return write_tensors(target, [LazyTensor(t.key, t.shape, t.dtype, exchanged.get(t.key, t.load)) for t in tensors])
 
     monkeypatch.setattr("megatron_ext.hf.import_model.write_tensors", swapped)
     with pytest.raises(VerificationError, match="is not what"):
