@@ -263,3 +263,17 @@ def test_an_index_names_files_of_its_folder_alone(name: Any, tmp_path: Path) -> 
     (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(UserError, match=r"model\.safetensors\.index\.json names"):
         import_model(tmp_path / "model", tmp_path / "checkpoint")
+
+
+def test_parts_of_one_tensor_in_different_dtypes_lose_nothing(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    write_model(tmp_path / "model", RECIPES["llama 3.x"])
+    weights = weights_of(tmp_path / "model")
+    query, key = (f"model.layers.0.self_attn.{kind}_proj.weight" for kind in "qk")
+    weights[query] = weights[query].bfloat16()
+    save_file(weights, tmp_path / "model/model.safetensors")
+    import_model(tmp_path / "model", tmp_path / "checkpoint")
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "again", dtype=torch.float32)
+    again = weights_of(tmp_path / "again")
+    assert torch.equal(again[key], weights[key]) and torch.equal(again[query], weights[query].float())
