@@ -56,7 +56,8 @@ def write_tensors(folder: Path, tensors: list[LazyTensor]) -> dict[str, dict[str
         except CheckpointException as error:
             # Not an `Exception`; it carries, per rank, whatever went wrong: the disk's errors, and those of `LazyTensor.load`.
             raise next(iter(error.failures.values()))[0] from None
-    torch.save({}, folder / COMMON_FILE)
+    with open(folder / COMMON_FILE, "xb") as file:  # given a path, torch would raise an error of its own for a full disk
+        torch.save({}, file)
     (folder / BACKEND_FILE).write_text(json.dumps(BACKEND))
     return writer.written
 

@@ -1,5 +1,6 @@
 """A Hugging Face model folder as something to import: what it must hold, and its tensors in megatron's layout."""
 
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -64,7 +65,8 @@ class FolderSource:
 
     def dtype(self, mapping: Mapping) -> torch.dtype:
         """See `import_model.Source`."""
-        return DTYPES[self._weights.dtypes[mapping.hf_names[0]]]
+        # Queries, keys and values become one tensor, and may be stored differently: the widest loses nothing of any.
+        return reduce(torch.promote_types, [DTYPES[self._weights.dtypes[name]] for name in mapping.hf_names])
 
     def read(self, mapping: Mapping) -> Tensor:
         """See `import_model.Source`."""

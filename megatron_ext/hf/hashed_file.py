@@ -24,13 +24,18 @@ class HashedFile:
         self._digest = hashlib.sha256()
         self._size = 0
         self._hasher = ThreadPoolExecutor(max_workers=1)
+        self._refusal: OSError | None = None
 
     def __enter__(self) -> "HashedFile":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._hasher.shutdown()
-        self._file.close()
+        try:
+            self._file.close()
+        finally:
+            if self._refusal is not None:  # torch hides it behind an error of its own
+                raise self._refusal from None
 
     @property
     def description(self) -> dict[str, int | str]:
@@ -40,8 +45,12 @@ class HashedFile:
     def write(self, data: bytes | memoryview) -> int:
         """Append bytes; they are not needed any more when it returns. Returns how many."""
         view = memoryview(data)
-        for start in range(0, len(view), BLOCK):
-            self._write(view[start : start + BLOCK])
+        try:
+            for start in range(0, len(view), BLOCK):
+                self._write(view[start : start + BLOCK])
+        except OSError as error:
+            self._refusal = error
+            raise
         return len(view)
 
     def flush(self) -> None:

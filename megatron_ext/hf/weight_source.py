@@ -3,13 +3,14 @@
 import json
 import math
 import mmap
+import os
 import threading
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_ext.checkpoint_files import inside, sha256
+from megatron_ext.checkpoint_files import sha256
 from megatron_ext.errors import UserError, one_line
 
 SINGLE_FILE = "model.safetensors"
@@ -79,11 +80,13 @@ class WeightSource:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{index} cannot be read as an index of weights ({one_line(error)})") from None
-        files = [inside(self.folder, str(name), str(index)) for name in names]
-        for path in files:
-            if not path.is_file():
-                raise UserError(f"{index} names {path.name}, which is missing")
-        return files
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name or not name.isprintable():
+                raise UserError(f"{index} names the path {name!r:.200}: only files of this folder are allowed")
+            # A link is followed, as for the other files: a hub's cache is links to where the contents lie.
+            if not os.path.isfile(self.folder / name):  # false, too, for a name that is too long
+                raise UserError(f"{index} names {name}, which is missing")
+        return [self.folder / name for name in names]
 
     def _read_header(self, path: Path) -> None:
         try:

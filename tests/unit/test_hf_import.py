@@ -239,5 +239,41 @@ def test_a_broken_folder_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a pickle, which is not read"):
         import_model(folder, tmp_path / "checkpoint")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../outside.safetensors"}}')
-    with pytest.raises(UserError, match="only paths inside"):
+    with pytest.raises(UserError, match="only files of this folder"):
         import_model(folder, tmp_path / "checkpoint")
+
+
+def test_the_folder_of_a_hub_cache_is_links(tmp_path: Path) -> None:
+    """`snapshots/<commit>/` holds links to `blobs/`, weight files and all."""
+    write_model(tmp_path / "download", RECIPES["llama 3.x"], max_shard_size="500KB")
+    snapshot, blobs = tmp_path / "cache/snapshots/0123", tmp_path / "cache/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted((tmp_path / "download").iterdir())):
+        path.rename(blobs / f"{number}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    assert import_model(snapshot, tmp_path / "checkpoint").parameters > 0
+    assert find_damage(tmp_path / "checkpoint") == {}
+
+
+@pytest.mark.parametrize("name", ["a/b.safetensors", "/b.safetensors", "..", "", "\x1b", 5, "x" * 5000])
+def test_an_index_names_files_of_its_folder_alone(name: Any, tmp_path: Path) -> None:
+    write_model(tmp_path / "model", RECIPES["llama 3.x"])
+    (tmp_path / "model/model.safetensors").unlink()
+    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json names"):
+        import_model(tmp_path / "model", tmp_path / "checkpoint")
+
+
+def test_parts_of_one_tensor_in_different_dtypes_lose_nothing(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    write_model(tmp_path / "model", RECIPES["llama 3.x"])
+    weights = weights_of(tmp_path / "model")
+    query, key = (f"model.layers.0.self_attn.{kind}_proj.weight" for kind in "qk")
+    weights[query] = weights[query].bfloat16()
+    save_file(weights, tmp_path / "model/model.safetensors")
+    import_model(tmp_path / "model", tmp_path / "checkpoint")
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "again", dtype=torch.float32)
+    again = weights_of(tmp_path / "again")
+    assert torch.equal(again[key], weights[key]) and torch.equal(again[query], weights[query].float())
