@@ -163,6 +163,7 @@ def _print_verification(checked: Any) -> None:
 
 
 def _export(arguments: argparse.Namespace, reference_logits: Any) -> int:
+    _write_report(arguments.report, {})  # it is found out now if it cannot be written
     if arguments.hub:
         return _export_run(arguments, reference_logits)
     import torch

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from megatron_ext.checkpoint_files import GENERATION_FILE, find_damage
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.errors import UserError
 from megatron_ext.hf.checkpoint_reader import CheckpointReader
@@ -83,6 +84,8 @@ def export_checkpoint(
     target = choose_family(family, record.encoder, record.causal, record.origin)
     mappings = build_mappings(record.encoder, record.vocab_size, record.padded_vocab_size)
     check_tensors(reader, mappings)
+    if reference_logits is not None:
+        _check_damage(checkpoint)
     job = _Job(reader, target, mappings, _recorded_tokenizer(reader, target), largest_file)
     dtype = dtype or reader.tensors[EMBEDDING_KEY].dtype
     parameters = sum(mapping.parameters for mapping in mappings)
@@ -95,6 +98,13 @@ def export_checkpoint(
         card = model_card(record, target, _name(dtype), parameters, verifications, rounding)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return ExportReport(out_dir, target.architecture, dtype, parameters, files, verifications, rounding)
+
+
+def _check_damage(checkpoint: Path) -> None:
+    """A flipped bit reaches both sides of every other comparison: only the sums tell."""
+    damage = find_damage(checkpoint)
+    if damage:
+        raise UserError(f"checkpoint {checkpoint} is damaged: {'; '.join(damage.values())}")
 
 
 @dataclass(frozen=True)
@@ -161,9 +171,13 @@ class _Job:
         fast.save_pretrained(folder)
 
     def _write_generation_config(self, folder: Path) -> None:
+        """That of the model that was imported, if it had one, with its sampling and all its stop ids."""
         from transformers import GenerationConfig
 
         tokenizer = self.tokenizer
+        if (tokenizer.source / GENERATION_FILE).is_file():
+            shutil.copy(tokenizer.source / GENERATION_FILE, folder)
+            return
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
         GenerationConfig(**ids).save_pretrained(folder)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megatron_ext.checkpoint_files import RUN_FILE, complete_checkpoints, describe_files, read_run_file, sha256
+from megatron_ext.checkpoint_files import RUN_FILE, describe_files, published_checkpoints, read_run_file, sha256
 from megatron_ext.errors import UserError, one_line
 from megatron_ext.hf.export import ExportReport, export_checkpoint
 from megatron_ext.hf.verify import ReferenceLogits
@@ -96,31 +96,61 @@ def export_run(
         on_revision: called after each one.
 
     Raises:
-        UserError: there are no checkpoints, the destination holds something else, or a checkpoint does not allow the export.
+        UserError: there are no checkpoints, the destination holds something else, or some checkpoints do not allow the export;
+            the others were exported.
         VerificationError: an exported model is not the trained one. Finished revisions stay.
     """
-    found = complete_checkpoints(checkpoints)
+    found = published_checkpoints(checkpoints)
     if not found:
         raise UserError(f"{checkpoints} holds no complete checkpoint: name a run's checkpoints folder")
-    records = [read_run_file(checkpoint) for checkpoint in found]
-    listing = _Listing(out_dir, records[-1]["run_key"])
-    done = []
-    for checkpoint, record in zip(found, records, strict=True):
+    try:
+        done, problems = _export_each(found, out_dir, options, reference_logits, on_revision)
+    except OSError as error:
+        raise UserError(f"{out_dir} cannot be written ({one_line(error)})") from error
+    if problems:
+        raise UserError(f"{len(done)} of {len(found)} checkpoints were exported: {'; '.join(problems)}")
+    return done
+
+
+def _export_each(
+    found: list[Path],
+    out_dir: Path,
+    options: Options,
+    reference_logits: ReferenceLogits | None,
+    on_revision: Callable[[Revision], None],
+) -> tuple[list[Revision], list[str]]:
+    """The revisions, and what is wrong with each checkpoint that gave none: a damaged one does not stop those after it."""
+    done: list[Revision] = []
+    problems: list[str] = []
+    listing: _Listing | None = None
+    for checkpoint in found:
+        try:
+            record = read_run_file(checkpoint)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        listing = listing or _Listing(out_dir, record["run_key"])
         name = revision_name(record["step"])
         key = _source_key(checkpoint, options, is_verified=reference_logits is not None)
-        report = None if listing.has(name, key) else _export(checkpoint, out_dir / name, options, reference_logits)
+        try:
+            report = None if listing.has(name, key) else _export(checkpoint, out_dir / name, options, reference_logits)
+        except UserError as error:
+            problems.append(str(error))
+            continue
         if report is not None:
             listing.add(name, key, checkpoint, record, report)
         done.append(Revision(name, checkpoint, out_dir / name, report))
         on_revision(done[-1])
-    listing.set_main(done[-1].name)
-    return done
+    if listing and done and done[-1].checkpoint == found[-1]:
+        listing.set_main(done[-1].name)
+    return done, problems
 
 
 def _export(checkpoint: Path, folder: Path, options: Options, reference_logits: ReferenceLogits | None) -> ExportReport:
     """Export to a folder that may hold an earlier export, which goes when the new one is complete."""
     aside = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(aside, ignore_errors=True)
+    for leftover in (aside, *folder.parent.glob(f".{aside.name}.*.tmp")):  # of a call that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     report = export_checkpoint(
         checkpoint,
         aside,
@@ -129,7 +159,7 @@ def _export(checkpoint: Path, folder: Path, options: Options, reference_logits: 
         max_shard_size=options.max_shard_size,
         reference_logits=reference_logits,
     )
-    if folder.exists():
+    if folder.is_dir():
         shutil.rmtree(folder)
     aside.rename(folder)
     return ExportReport(**{**vars(report), "folder": folder})
@@ -147,6 +177,8 @@ class _Listing:
     def __init__(self, out_dir: Path, run_key: str | None):
         self._out_dir = out_dir
         self._tree = self._read() or {"format": FORMAT, "run_key": run_key, "revisions": {}}
+        if (out_dir / MAIN).exists() and not (out_dir / MAIN).is_symlink():
+            raise UserError(f"{out_dir / MAIN} is no link of ours: name another folder")
         if None not in (run_key, self._tree["run_key"]) and run_key != self._tree["run_key"]:
             raise UserError(f"{out_dir} holds the revisions of another run: name another folder")
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -196,7 +228,8 @@ class _Listing:
             return None
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
-            is_sound = tree["format"] == FORMAT and all(isinstance(entry["step"], int) for entry in tree["revisions"].values())
+            steps = [entry["step"] for entry in tree["revisions"].values()]
+            is_sound = tree["format"] == FORMAT and "run_key" in tree and all(isinstance(step, int) for step in steps)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} cannot be read ({one_line(error)})") from None
         if not is_sound:

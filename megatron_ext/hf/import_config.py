@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from megatron_ext.errors import UserError, one_line
 from megatron_ext.hf.families import FAMILIES, Family
 from megatron_ext.model.presets import EncoderConfig
+from megatron_ext.regular_file import read_small_file
+from megatron_ext.run_record import check_encoder, check_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -45,6 +47,19 @@ REASONS = {
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 """A model on the hub; a folder on somebody's disk is none."""
 
+LARGEST_CONFIG = 2**24
+"""Bytes."""
+SIZES = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "head_dim",
+    "max_position_embeddings": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+}
+"""transformers' names of sizes, and ours."""
 SCALINGS = {"default": "none", "linear": "linear", "llama3": "llama3"}
 
 
@@ -77,16 +92,23 @@ def read_config(folder: Path) -> ImportedConfig:
         )
     if family.model_type == "qwen3" and tree.get("is_causal") is False:
         family = FAMILIES["qwen3-bidirectional"]
+    source = str(folder / "config.json")
+    check_sizes(tree, SIZES, source)
     config = _parse(folder)
-    _check(folder, config, family)
+    try:
+        _check(folder, config, family)
+        encoder = _encoder(folder, config, family)
+    except (TypeError, ValueError, KeyError, OverflowError) as error:  # fields that are not what they should be
+        raise UserError(f"{source} cannot be read as a configuration ({one_line(error)})") from None
+    check_encoder(vars(encoder), source)
     name = tree.get("_name_or_path")  # also the path on the machine that it was saved on
     base_model = name if isinstance(name, str) and HUB_NAME.fullmatch(name) else None
-    return ImportedConfig(family, _encoder(folder, config, family), int(config.vocab_size), base_model)
+    return ImportedConfig(family, encoder, int(config.vocab_size), base_model)
 
 
 def _read_tree(path: Path) -> dict[str, Any]:
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(read_small_file(path, LARGEST_CONFIG).decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file; the folder of a Hugging Face model is wanted") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -125,7 +147,7 @@ def _check(folder: Path, config: "PreTrainedConfig", family: Family) -> None:
     require(getattr(config, "quantization_config", None) is None, "its weights are quantized (quantization_config)")
     rope = _rope(config)
     require(rope.get("rope_type") in SCALINGS, f"RoPE is stretched by the rule {rope.get('rope_type')!r:.40} (rope_scaling)")
-    require(isinstance(rope.get("rope_theta"), int | float), "RoPE has no base (rope_theta)")
+    require(type(rope.get("rope_theta")) in (int, float), "RoPE has no base (rope_theta)")
     require(rope.get("partial_rotary_factor", 1.0) == 1.0, "it rotates a part of each head only (partial_rotary_factor)")
     for name in ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale"):
         require(getattr(config, name, None) is None, f"it changes its logits ({name})")

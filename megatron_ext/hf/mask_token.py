@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 MASK = "[MASK]"
+LONGEST_RESERVED = 100
 RESERVED = re.compile(
     r"<[^>]*(reserved|unused|placeholder|extra|special)[^>]*\d+[^>]*>|\[(unused|control_)\d+\]",
     re.IGNORECASE,
@@ -117,7 +118,7 @@ def _first_reserved(fast: "PreTrainedTokenizerFast", pipeline: dict[str, Any]) -
     template = json.dumps(pipeline["post_processor"], ensure_ascii=False)
     tokens = sorted((token["id"], token["content"]) for token in pipeline["added_tokens"] if token["special"])
     free = (content for _, content in tokens if content not in used and content not in template)
-    return next((content for content in free if RESERVED.fullmatch(content)), None)
+    return next((content for content in free if len(content) <= LONGEST_RESERVED and RESERVED.fullmatch(content)), None)
 
 
 def _rename(pipeline: dict[str, Any], old: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -112,7 +113,7 @@ def _training(tree: dict[str, Any]) -> dict[str, Any]:
         "parallel layout": tree.get("parallel"),
         "tokenizer SHA-256": tree["tokenizer"]["fingerprint"],
         "MLflow run": tree.get("mlflow_run_id"),
-        "branched from": tree.get("parent"),
+        "branched from": _parent(tree),
         "versions": tree.get("versions"),
         "checkpoint written": tree.get("created"),
     }
@@ -129,7 +130,7 @@ def _lineage(tree: dict[str, Any]) -> list[str]:
         rows.append({"from": f"{imported.get('folder')} ({imported.get('architecture')}, Hugging Face)"})
     # An import is the Hugging Face model itself: its line stands already.
     trained = [ancestor for ancestor in ancestors if ancestor.get("phase") != "imported"]
-    rows += [{"from": ancestor.get("checkpoint"), **_chosen(ancestor)} for ancestor in trained]
+    rows += [{"from": _place(ancestor.get("checkpoint")), **_chosen(ancestor)} for ancestor in trained]
     rows.append({"from": "this run", **_chosen(tree)})
     totals = {name: sum(run.get(name) or 0 for run in (*trained, tree)) for name in COUNTERS}
     rows.append({"from": "together", **totals})
@@ -137,7 +138,7 @@ def _lineage(tree: dict[str, Any]) -> list[str]:
     if imported:
         sections.append("### Imported model\n\n" + _pairs({name: value for name, value in imported.items() if value is not None}))
     for ancestor in trained:
-        title = f"{ancestor.get('checkpoint')}".replace("\n", " ")
+        title = f"{_place(ancestor.get('checkpoint'))}".replace("\n", " ")
         details = "\n\n".join(_records(ancestor[part]) for part in ("phases", "data") if ancestor.get(part))
         sections += [f"### Phases and data of {title}\n\n{details}"] if details else []
     return sections
@@ -177,6 +178,17 @@ def _exceptions(tokenizer: TokenizerReport | None) -> str:
     if tokenizer and tokenizer.renormalized:
         text += f"; {tokenizer.renormalized} case(s) of decomposed letters or line ends are normalized otherwise"
     return text
+
+
+def _parent(tree: dict[str, Any]) -> dict[str, Any] | None:
+    parent = tree.get("parent")
+    return parent and {**parent, "checkpoint": _place(parent.get("checkpoint"))}
+
+
+def _place(checkpoint: Any) -> Any:
+    """Run and step of a checkpoint's path; where it lay on somebody's disk is nobody's business."""
+    parts = [part for part in Path(checkpoint).parts if part not in ("checkpoints", "/")] if isinstance(checkpoint, str) else []
+    return "/".join(parts[-2:]) or None
 
 
 def _pairs(values: dict[str, Any]) -> str:

@@ -159,6 +159,20 @@ def test_a_failure_leaves_what_was_finished_and_the_next_call_goes_on(
     assert stamps(out) == before and (out / "main").resolve().name == "step-40"
 
 
+def test_a_damaged_checkpoint_does_not_stop_those_after_it(run: Path, tmp_path: Path) -> None:
+    (run / "checkpoints/step_00000030/run.json").unlink()
+    with pytest.raises(UserError, match=r"2 of 3 checkpoints were exported: .*step_00000030.*run\.json"):
+        export_run(run / "checkpoints", tmp_path / "out", Options())
+    assert list(revisions(tmp_path / "out")) == ["step-20", "step-40", "main"]
+    (tmp_path / "out/main").unlink()
+    (tmp_path / "out/main").mkdir()
+    with pytest.raises(UserError, match="main is no link of ours"):
+        export_run(run / "checkpoints", tmp_path / "out", Options())
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        export_run(run / "checkpoints", tmp_path / "file/out", Options())
+
+
 def test_other_folders_are_left_alone(run: Path, template: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

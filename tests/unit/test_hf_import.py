@@ -277,3 +277,51 @@ def test_parts_of_one_tensor_in_different_dtypes_lose_nothing(tmp_path: Path) ->
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "again", dtype=torch.float32)
     again = weights_of(tmp_path / "again")
     assert torch.equal(again[key], weights[key]) and torch.equal(again[query], weights[query].float())
+
+
+@pytest.mark.parametrize(
+    "changes, word",
+    [
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000: it must be a whole number from 1 to 4096"),
+        ({"vocab_size": 10**12}, "vocab_size is 1000000000000: it must be a whole number"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0: it must be"),
+        ({"hidden_size": -96}, "hidden_size is -96: it must be"),
+        ({"rms_norm_eps": -1.0}, "norm_epsilon is -1.0: it must be"),
+        ({"rope_theta": 10**400}, "cannot be read as a configuration"),
+        ({"rope_theta": True}, "RoPE has no base"),
+        ({"rope_scaling": {"rope_type": ["x"]}}, "cannot be"),
+    ],
+)
+def test_impossible_sizes_are_refused_before_anything_is_built(changes: dict[str, Any], word: str, tmp_path: Path) -> None:
+    write_model(tmp_path / "model", RECIPES["llama 2"])
+    path = tmp_path / "model/config.json"
+    tree = json.loads(path.read_text())
+    tree.pop("rope_parameters", None)
+    path.write_text(json.dumps({**tree, "rope_theta": 10_000.0, **changes}))
+    with pytest.raises(UserError, match=word):
+        import_model(tmp_path / "model", tmp_path / "checkpoint")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_generation_settings_and_the_chat_template_come_back(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", RECIPES["llama 3.x"])
+    settings = {"bos_token_id": 998, "eos_token_id": [999, 1002], "do_sample": True, "temperature": 0.6}
+    (tmp_path / "model/generation_config.json").write_text(json.dumps(settings))
+    (tmp_path / "model/chat_template.jinja").write_text("{{ messages[0].content }}")
+    import_model(tmp_path / "model", tmp_path / "checkpoint")
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "again")
+    again = json.loads((tmp_path / "again/generation_config.json").read_text())
+    assert settings.items() <= again.items()
+    assert (tmp_path / "again/chat_template.jinja").read_text() == "{{ messages[0].content }}"
+
+
+def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", RECIPES["llama 2"])
+    import_model(tmp_path / "model", tmp_path / "checkpoint")
+    path = max((tmp_path / "checkpoint").glob("*.distcp"), key=lambda file: file.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged: __0_0.distcp"):
+        export_checkpoint(tmp_path / "checkpoint", tmp_path / "again", reference_logits=checkpoint_logits)
+    assert not (tmp_path / "again").exists()

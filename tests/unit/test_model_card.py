@@ -116,7 +116,7 @@ def test_the_line_is_told_from_the_first_model_on() -> None:
     rows = table_after(text, "## Lineage")
     assert [row["from"] for row in rows] == [
         "Great-Model-8B (LlamaForCausalLM, Hugging Face)",
-        "/runs/one/checkpoints/step_00000100",
+        "one/step_00000100",
         "this run",
         "together",
     ]
