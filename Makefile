@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test test-slow soak lint clean
+.PHONY: install demo adapt test test-slow soak bench-conversion lint clean
 
 install: $(INSTALLED)
 
@@ -18,6 +18,10 @@ $(INSTALLED): setup.py constraints.txt
 demo: install
 	$(BIN)/python examples/quickstart/demo.py --output-dir build/demo
 
+# A decoder -> checkpoint -> MLM -> Hugging Face encoder, compared before and after on film reviews. Results in build/adapt_decoder.
+adapt: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/adapt_decoder/run.sh
+
 # Two files at a time: most tests wait for processes of their own.
 test: install
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
@@ -28,6 +32,10 @@ test-slow: install
 # One run killed at random 30 times, with damaged checkpoints, against the undisturbed one. Results in build/soak.
 soak: install
 	$(BIN)/python -m tests.soak.run --output-dir build/soak
+
+# Time and memory of import and export beside a plain copy, and parity for each family. Results in build/conversion.
+bench-conversion: install
+	$(BIN)/python -m tests.conversion.measure --output-dir build/conversion
 
 lint: install
 	$(BIN)/ruff check .

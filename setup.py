@@ -43,6 +43,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.9",
+            "scipy>=1.13,<2",
             "setuptools>=77",
             "zstandard>=0.23",
         ],

@@ -20,6 +20,13 @@ from megatron_ext.run_record import parse_run_record
 FORMAT = 1
 RUN_FILE = "run.json"
 LARGEST_RUN_FILE = 2**26
+TOKENIZER_FOLDER = "tokenizer"
+GENERATION_FILE = "generation_config.json"
+TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "config.json"),
+    *("chat_template*", GENERATION_FILE),
+)
+"""Patterns of what is kept of a tokenizer's folder; an imported model's prompts and stop ids go with it."""
 RECORD_SUM = "record_sha256"
 """Key of `run.json` with the sum of all the others."""
 

@@ -44,10 +44,12 @@ RotaryScaling = Literal["none", "linear", "llama3"]
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """The encoder's shape: a preset, and any field of it set otherwise (null: as the preset says)."""
+    """The encoder's shape: a preset's or a checkpoint's, and any field of it set otherwise (null: as that says)."""
 
-    preset: str = "tiny"
-    """Name of a preset in megatron_ext/model/presets.py: nano, tiny, 210m, 610m, 1b or 2b."""
+    checkpoint: str | None = None
+    """Begin with the shape and the weights of this checkpoint, imported from Hugging Face or trained; null draws new weights."""
+    preset: str | None = None
+    """Name of a preset in megatron_ext/model/presets.py: nano, tiny, 210m, 610m, 1b or 2b (default: tiny)."""
     num_layers: int | None = None
     """Transformer layers."""
     hidden_size: int | None = None
@@ -86,6 +88,10 @@ class ModelConfig:
     """`llama3`: length that the model was trained with before it was stretched."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.checkpoint is None or self.preset is None,
+            f"model.preset is {self.preset} with model.checkpoint {self.checkpoint}, which has a shape already: give one of them",
+        )
         numbers = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         _require_positive("model", **{name: value for name, value in numbers.items() if not isinstance(value, str | bool)})
 

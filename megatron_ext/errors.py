@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import signal
 import sys
 import time
 import traceback
@@ -75,6 +76,8 @@ def warn(message: str) -> None:
 def run_command(main: Callable[[], int | None]) -> None:
     """Run an entry point; a `UserError` becomes one line on stderr and exit code 2, any other exception its traceback and 1.
 
+    Ctrl-C ends it with 130 and no traceback.
+
     Both are printed without secrets: the message of somebody else's exception may quote an address or a header.
 
     Under torchrun all ranks of a machine usually meet the same error. The first one speaks; the others leave it the word, for
@@ -90,6 +93,8 @@ def run_command(main: Callable[[], int | None]) -> None:
             time.sleep(SECONDS_FOR_FIRST_RANK)
         say(f"error: {error}")
         code = 2
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
     except Exception:
         print(redact(traceback.format_exc()), end="", file=sys.stderr)
         code = 1

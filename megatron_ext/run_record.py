@@ -15,6 +15,7 @@ from megatron_ext.errors import UnreadableError, UserError
 
 DEEPEST_NESTING = 16
 LARGEST_COUNT = 2**53
+LARGEST_NUMBER = 1e300
 LARGEST_SIZE = 2**24
 MOST_LAYERS = 2**12
 
@@ -32,7 +33,7 @@ def _is_count(value: Any, lowest: int = 0, highest: int = LARGEST_COUNT) -> bool
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and value >= 0
+    return type(value) in (int, float) and 0 <= value <= LARGEST_NUMBER
 
 
 def _is_name(value: Any) -> bool:
@@ -116,7 +117,14 @@ RUN = {
     "versions": VERSIONS,
     "files": OBJECT,
 }
-RUN_SINCE = {"changes": OBJECTS, "skipped_steps": COUNT, "skipped_in_a_row": COUNT}
+IMPORTED = {"family": TEXT}
+RUN_SINCE = {
+    "changes": OBJECTS,
+    "skipped_steps": COUNT,
+    "skipped_in_a_row": COUNT,
+    "imported": OBJECT_OR_NULL,
+    "lineage": OBJECTS,
+}
 """Keys that checkpoints of earlier versions lack."""
 
 
@@ -154,6 +162,8 @@ def parse_run_record(text: str, source: str, version: int) -> dict[str, Any]:
     _check(record["tokenizer"], TOKENIZER, source, "tokenizer.")
     if record["parent"] is not None:
         _check(record["parent"], PARENT, source, "parent.")
+    if record.get("imported") is not None:
+        _check(record["imported"], IMPORTED, source, "imported.")
     for name, table in (("data", DATA_SET), ("phases", PHASE)):
         for number, item in enumerate(record[name]):
             _check(item, table, source, f"{name}[{number}].")
@@ -164,6 +174,30 @@ def parse_run_record(text: str, source: str, version: int) -> dict[str, Any]:
             raise UserError(f"{source}: files[{name!r:.200}] is {item!r:.40}: it must be an object")
         _check(item, FILE, source, f"files[{name!r:.200}].")
     return record
+
+
+def check_encoder(values: dict[str, Any], source: str) -> None:
+    """Hold the shape of a model against what a checkpoint may have.
+
+    Raises:
+        UserError: naming the first field that is impossible.
+    """
+    _check(values, ENCODER | ENCODER_SINCE, source, "")
+
+
+def check_sizes(values: dict[str, Any], names: dict[str, str], source: str) -> None:
+    """Look at the sizes in somebody else's configuration before anything is built with them.
+
+    Args:
+        values: the configuration.
+        names: what it calls our fields: its name -> ours.
+        source: where it is from.
+
+    Raises:
+        UserError: naming the first that is impossible.
+    """
+    present = {theirs: ENCODER.get(ours, SIZE) for theirs, ours in names.items() if values.get(theirs) is not None}
+    _check(values, present, source, "")
 
 
 def _present(table: dict[str, _Kind], values: dict[str, Any]) -> dict[str, _Kind]:

@@ -6,6 +6,7 @@ function that the file names. Here
 
 - the index is unpickled into stand-ins, which keep what they are told and do nothing, and only under the names that an index
   needs; the real classes are then built from plain numbers and strings that were looked at;
+- so are the arguments that Megatron-LM keeps in `common.pt`, of which only numbers, texts and flags are handed on;
 - everything else goes through `torch.load(weights_only=True)`;
 - `only_plain_data` puts both in the place of torch's own functions while megatron loads, so that those cannot be reached.
 
@@ -21,7 +22,9 @@ import math
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,8 @@ LARGEST_INDEX = 2**30
 """Bytes of `.metadata`: 78,080 entries take 11 MB."""
 LARGEST_COMMON = 2**30
 LARGEST_BACKEND = 2**20
+LARGEST_ARGUMENTS = 2**26
+PLAIN = (type(None), bool, int, float, str)
 
 CHECKPOINT = "torch.distributed.checkpoint"
 INDEX_GLOBALS = {
@@ -73,10 +78,11 @@ INDEX_GLOBALS = {
             "_MEM_FORMAT_ENCODING",
         )
     ),
+    *(f"torch.distributed._shard.sharded_tensor.metadata.{name}" for name in ("MEM_FORMAT_ENCODING", "TensorProperties")),  # old
     # The plans that megatron keeps in the index: read past, and dropped.
     *(f"{CHECKPOINT}.planner.{name}" for name in ("BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")),
 }
-"""Names that an index may hold, found in those that torch 2.13 writes with megatron-core 0.16.1 and 0.19.2."""
+"""Names that an index may hold, found in those that torch 2.13 writes with megatron-core 0.16.1 and 0.19.2, and in older ones."""
 
 DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 """`torch.float32` -> torch.float32."""
@@ -117,6 +123,91 @@ class _IndexUnpickler(pickle.Unpickler):
             # Classes of this one unpickler: a file that sets attributes of a class spoils nothing that outlives it.
             self._stand_ins[full] = type(full, (_StandIn,), {})
         return self._stand_ins[full]
+
+
+class _Inert(_StandIn):
+    """Stands for an object of any class: keeps its state, and drops what it is asked to hold as a container."""
+
+    def _drop(self, *values: Any) -> None:
+        pass
+
+    __setitem__ = append = extend = add = _drop
+
+
+class _InertUnpickler(pickle.Unpickler):
+    """Gives a stand-in for every name, and for every tensor's storage. Imports nothing, calls nothing of the file's choice."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Called for every global in the file."""
+        return type(f"{module}.{name}", (_Inert,), {})
+
+    def persistent_load(self, place: Any) -> Any:
+        """Called for every tensor's storage."""
+        return _Inert(place)
+
+
+@dataclass(frozen=True)
+class NotPlain:
+    """Stands for a stored value that is no number, text or flag."""
+
+    kind: str
+    """What it was, such as `tuple`."""
+
+
+@dataclass(frozen=True)
+class StoredArguments:
+    """What Megatron-LM says in `common.pt` of the training behind a checkpoint."""
+
+    values: dict[str, Any] | None
+    """Its command line: None, whole numbers, numbers, texts and flags; `NotPlain` for anything else. None: there is none."""
+    iteration: int | None
+
+
+def read_arguments(checkpoint: Path) -> StoredArguments:
+    """The command-line arguments in a checkpoint of Megatron-LM, whatever objects lie around them; nothing of it is run.
+
+    Args:
+        checkpoint: a checkpoint directory; `common.pt` may be missing, as megatron-core alone keeps no arguments.
+
+    Raises:
+        UserError: `common.pt` is damaged.
+    """
+    path = inside(checkpoint, COMMON_FILE, f"checkpoint {checkpoint}")
+    if not os.path.lexists(path):
+        return StoredArguments(None, None)
+    try:
+        with zipfile.ZipFile(io.BytesIO(read_small_file(path, LARGEST_COMMON))) as archive:
+            name = next(name for name in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name))
+            with archive.open(name) as file:
+                content = file.read(LARGEST_ARGUMENTS + 1)
+        if len(content) > LARGEST_ARGUMENTS:
+            raise UserError(f"checkpoint {checkpoint}: {COMMON_FILE} holds more than {LARGEST_ARGUMENTS:,} bytes besides tensors")
+        common = _InertUnpickler(io.BytesIO(content)).load()
+    except UserError:
+        raise
+    except Exception as error:  # a damaged archive or pickle raises anything
+        raise UserError(f"checkpoint {checkpoint}: {COMMON_FILE} cannot be read ({one_line(error)})") from None
+    if not isinstance(common, dict):
+        raise UserError(f"checkpoint {checkpoint}: {COMMON_FILE} holds {_name(common)} where a dictionary is expected")
+    iteration = common.get("iteration")
+    values = getattr(common.get("args"), "state", None)
+    return StoredArguments(
+        {name: value if type(value) in PLAIN else NotPlain(_name(value)) for name, value in values.items() if isinstance(name, str)}
+        if isinstance(values, dict)
+        else None,
+        iteration if type(iteration) is int and 0 <= iteration < 2**53 else None,
+    )
+
+
+def read_index(checkpoint: Path) -> Metadata:
+    """The index of a checkpoint of which nothing but tensors is read: what else it holds is neither looked at nor loaded.
+
+    Raises:
+        UserError: it is missing or damaged, of another format, names code, or names files or bytes outside the checkpoint.
+    """
+    check_links(checkpoint)
+    _check_backend(checkpoint)
+    return read_metadata(checkpoint)
 
 
 def read_metadata(checkpoint: Path) -> Metadata:

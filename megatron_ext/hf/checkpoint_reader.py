@@ -1,15 +1,13 @@
 """Reads a training checkpoint without megatron and without a process group: run.json, and one tensor at a time."""
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as distributed_checkpoint
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_ext.checkpoint_files import inside, read_run_file
 from megatron_ext.errors import UserError, one_line
@@ -32,6 +30,8 @@ class RunRecord:
     """Attention of the last completed step."""
     step: int
     """Completed optimizer steps."""
+    origin: str | None
+    """Family of the Hugging Face model that the training began with, if it did."""
     tokenizer: Path
     """The tokenizer stored with the checkpoint."""
     tokenizer_fingerprint: str
@@ -51,7 +51,7 @@ class TensorInfo:
 class CheckpointReader:
     """A checkpoint directory `step_00001000/` in megatron's torch_dist format plus run.json.
 
-    The tensor files are read with `torch.distributed.checkpoint` alone, tensors only, by an index that was looked through.
+    The tensor files are read with `torch.load`, tensors only, by an index that was looked through.
     """
 
     def __init__(self, directory: Path):
@@ -73,17 +73,31 @@ class CheckpointReader:
             UserError: the files that hold it are missing or damaged.
         """
         info = (self.tensors | self.optimizer_tensors)[key]
-        state = {key: torch.empty(info.shape, dtype=info.dtype)}
+        chunks = self._metadata.state_dict_metadata[key].chunks
+        if chunks[0].sizes == info.shape:
+            return self._read_chunk(key, info, chunks[0])
+        whole = torch.empty(info.shape, dtype=info.dtype)
+        for chunk in chunks:
+            place = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
+            if whole[place].shape != chunk.sizes:
+                raise UserError(f"checkpoint {self.directory}: tensor {key} cannot be read (a part of it lies outside its shape)")
+            whole[place] = self._read_chunk(key, info, chunk)
+        return whole
+
+    def _read_chunk(self, key: str, info: TensorInfo, chunk: ChunkStorageMetadata) -> Tensor:
+        """A part of a tensor, as a training rank wrote it; torch's own loader would copy it once more."""
+        stored = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+        path = self.directory / stored.relative_path
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                reader = _IndexedReader(self.directory, self._metadata)
-                distributed_checkpoint.load(state, storage_reader=reader, no_dist=True)
-        except CheckpointException as error:
-            # Not an `Exception`; it carries, per rank, whatever the reader met: missing files, short reads, damaged archives.
-            cause = next(iter(error.failures.values()))[0]
-            raise UserError(f"checkpoint {self.directory}: tensor {key} cannot be read ({one_line(cause)})") from error
-        return state[key]
+            with open(path, "rb") as file:
+                part = torch.load(_create_file_view(file, stored.offset, stored.length), map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged archive raises anything
+            raise UserError(f"checkpoint {self.directory}: tensor {key} cannot be read ({one_line(error)})") from error
+        if not isinstance(part, Tensor) or part.shape != chunk.sizes or part.dtype != info.dtype:
+            raise UserError(
+                f"checkpoint {self.directory}: tensor {key} cannot be read ({stored.relative_path} holds something else)"
+            )
+        return part
 
     def _tensors(self, of_optimizer: bool) -> dict[str, TensorInfo]:
         """The optimizer's tensors, or all others: the model's. Without objects such as megatron's extra states."""
@@ -94,17 +108,6 @@ class CheckpointReader:
         }
 
 
-class _IndexedReader(FileSystemReader):
-    """Reads by an index that is there already, instead of unpickling the file for every tensor."""
-
-    def __init__(self, directory: Path, metadata: Metadata):
-        super().__init__(directory)
-        self._metadata = metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._metadata
-
-
 def _read_record(directory: Path) -> RunRecord:
     tree = read_run_file(directory)
     return RunRecord(
@@ -113,6 +116,7 @@ def _read_record(directory: Path) -> RunRecord:
         padded_vocab_size=tree["padded_vocab_size"],
         causal=tree["causal"],
         step=tree["step"],
+        origin=(tree.get("imported") or {}).get("family"),
         tokenizer=inside(directory, tree["tokenizer"]["path"], str(directory)),
         tokenizer_fingerprint=tree["tokenizer"]["fingerprint"],
         tree=tree,

@@ -4,21 +4,21 @@ The folder is written beside its destination under a temporary name and renamed 
 destination is complete and, unless that was declined, verified.
 """
 
-import contextlib
-import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from megatron_ext.checkpoint_files import GENERATION_FILE, find_damage
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.errors import UserError
 from megatron_ext.hf.checkpoint_reader import CheckpointReader
+from megatron_ext.hf.families import Family, choose_family
 from megatron_ext.hf.model_card import model_card
+from megatron_ext.hf.output_folder import check_destination, published_when_complete
 from megatron_ext.hf.verify import (
     ReferenceLogits,
     Rounding,
@@ -29,7 +29,7 @@ from megatron_ext.hf.verify import (
     verify_export,
 )
 from megatron_ext.hf.weight_files import check_tensors, parse_size, write_weights
-from megatron_ext.hf.weight_map import FAMILIES, Family, Mapping
+from megatron_ext.hf.weight_map import Mapping, build_mappings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -67,8 +67,9 @@ def export_checkpoint(
     Args:
         checkpoint: a `step_*` directory.
         out_dir: destination; must not exist, or be empty.
-        family: `eurobert`, `llama`, or `auto`: as the attention of the last step was.
-        dtype: float32 or bfloat16; None keeps the dtype of the training.
+        family: a name in `FAMILIES`, or `auto`: one that has the model's shape and the attention of its last step, that which it
+            was imported from first.
+        dtype: float32, bfloat16 or float16; None keeps the dtype of the training.
         max_shard_size: limit of one weight file, such as `500MB` or `5GB`. A single weight is never cut.
         reference_logits: the training code's forward pass, to verify against; None leaves verification out.
 
@@ -77,16 +78,19 @@ def export_checkpoint(
         VerificationError: the exported model is not the trained one; nothing is left at `out_dir`.
     """
     largest_file = parse_size(max_shard_size)
-    _check_destination(out_dir)
+    check_destination(out_dir)
     reader = CheckpointReader(checkpoint)
     record = reader.record
-    target = choose_family(family, record.causal)
-    mappings = target.mappings(record.encoder, record.vocab_size, record.padded_vocab_size)
+    target = choose_family(family, record.encoder, record.causal, record.origin)
+    mappings = build_mappings(record.encoder, record.vocab_size, record.padded_vocab_size)
     check_tensors(reader, mappings)
+    if reference_logits is not None:
+        _check_damage(checkpoint)
     job = _Job(reader, target, mappings, _recorded_tokenizer(reader, target), largest_file)
     dtype = dtype or reader.tensors[EMBEDDING_KEY].dtype
     parameters = sum(mapping.parameters for mapping in mappings)
-    with _published_when_complete(out_dir) as folder:
+    check_range(reader, dtype)
+    with published_when_complete(out_dir) as folder:
         if reference_logits is None:
             files, verifications, rounding = job.write(folder, dtype), (), None
         else:
@@ -96,26 +100,11 @@ def export_checkpoint(
     return ExportReport(out_dir, target.architecture, dtype, parameters, files, verifications, rounding)
 
 
-def choose_family(name: str, causal: bool) -> Family:
-    """The family to export to.
-
-    Args:
-        name: `auto`, or a name in `FAMILIES`.
-        causal: attention of the checkpoint's last step.
-
-    Raises:
-        UserError: unknown family, or one that cannot run this checkpoint.
-    """
-    if name == "auto":
-        name = "llama" if causal else "eurobert"
-    if name not in FAMILIES:
-        raise UserError(f"the family is '{name}': allowed are auto, {', '.join(FAMILIES)}")
-    if FAMILIES[name].causal and not causal:
-        raise UserError(
-            f"the family is {name}, but the checkpoint's last step was bidirectional: a causal model would hide from each "
-            "position what it was trained to see; use eurobert"
-        )
-    return FAMILIES[name]
+def _check_damage(checkpoint: Path) -> None:
+    """A flipped bit reaches both sides of every other comparison: only the sums tell."""
+    damage = find_damage(checkpoint)
+    if damage:
+        raise UserError(f"checkpoint {checkpoint} is damaged: {'; '.join(damage.values())}")
 
 
 @dataclass(frozen=True)
@@ -138,7 +127,8 @@ class _Job:
         config.save_pretrained(folder)
         if self.family.causal:
             self._write_generation_config(folder)
-        return write_weights(folder, self.reader, self.mappings, dtype, self.largest_file)
+        zeros = self.family.zero_tensors(self.reader.record.encoder)
+        return write_weights(folder, self.reader, self.mappings, zeros, dtype, self.largest_file)
 
     def write_and_verify(
         self, folder: Path, dtype: torch.dtype, reference_logits: ReferenceLogits
@@ -162,11 +152,11 @@ class _Job:
         report = verify_export(
             folder,
             family=self.family,
+            reader=self.reader,
             tokenizer=self.tokenizer,
+            dtype=dtype,
             token_rows=rows,
             reference=reference,
-            trained_causal=self.reader.record.causal,
-            weights=_name(dtype),
         )
         return files, report
 
@@ -181,11 +171,35 @@ class _Job:
         fast.save_pretrained(folder)
 
     def _write_generation_config(self, folder: Path) -> None:
+        """That of the model that was imported, if it had one, with its sampling and all its stop ids."""
         from transformers import GenerationConfig
 
         tokenizer = self.tokenizer
+        if (tokenizer.source / GENERATION_FILE).is_file():
+            shutil.copy(tokenizer.source / GENERATION_FILE, folder)
+            return
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
         GenerationConfig(**ids).save_pretrained(folder)
+
+
+def check_range(reader: CheckpointReader, dtype: torch.dtype) -> None:
+    """Refuse to round a checkpoint to a dtype in which one of its weights would become infinite.
+
+    Raises:
+        UserError: naming the tensor and its largest weight.
+    """
+    largest_of_dtype = torch.finfo(dtype).max
+    for key, info in reader.tensors.items():
+        if torch.finfo(info.dtype).max <= largest_of_dtype:
+            continue
+        weights = reader.read(key)
+        overflows = weights.isfinite() & weights.to(dtype).isinf()
+        if overflows.any():
+            others = [_name(other) for other in (torch.bfloat16, torch.float32) if torch.finfo(other).max > largest_of_dtype]
+            raise UserError(
+                f"the dtype is {_name(dtype)}, whose largest number is {largest_of_dtype:.6g}, but checkpoint {reader.directory} "
+                f"has {weights[overflows].abs().max().item():.6g} in {key}: export it as {' or '.join(others)}"
+            )
 
 
 def hf_config(reader: CheckpointReader, family: Family, tokenizer: Tokenizer, dtype: torch.dtype) -> "PreTrainedConfig":
@@ -194,37 +208,16 @@ def hf_config(reader: CheckpointReader, family: Family, tokenizer: Tokenizer, dt
     Raises:
         UserError: sizes that the Hugging Face classes refuse.
     """
-    from transformers import EuroBertConfig, LlamaConfig
-
     encoder = reader.record.encoder
     if encoder.hidden_size % encoder.num_attention_heads:
         raise UserError(
             f"checkpoint {reader.directory}: hidden_size {encoder.hidden_size} is not a multiple of num_attention_heads "
             f"{encoder.num_attention_heads}; {family.architecture} allows no other"
         )
-    common: dict[str, Any] = {
-        "architectures": [family.architecture],
-        "dtype": _name(dtype),
-        "vocab_size": reader.record.vocab_size,
-        "hidden_size": encoder.hidden_size,
-        "intermediate_size": encoder.ffn_hidden_size,
-        "num_hidden_layers": encoder.num_layers,
-        "num_attention_heads": encoder.num_attention_heads,
-        "num_key_value_heads": encoder.num_query_groups,
-        "head_dim": encoder.head_dim,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "max_position_embeddings": encoder.max_position_embeddings,
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(encoder.rotary_base)},
-        "rms_norm_eps": encoder.norm_epsilon,
-        "initializer_range": encoder.init_std,
-        "tie_word_embeddings": encoder.tie_embeddings,
-        "pad_token_id": tokenizer.pad_id,
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-    }
-    return LlamaConfig(**common) if family.causal else EuroBertConfig(**common, mask_token_id=tokenizer.mask_id)
+    ids = {"pad_token_id": tokenizer.pad_id, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    if family.architecture.endswith("ForMaskedLM"):
+        ids["mask_token_id"] = tokenizer.mask_id
+    return family.config(encoder, reader.record.vocab_size, _name(dtype), ids)
 
 
 def _recorded_tokenizer(reader: CheckpointReader, family: Family) -> Tokenizer:
@@ -236,29 +229,12 @@ def _recorded_tokenizer(reader: CheckpointReader, family: Family) -> Tokenizer:
             f"tokenizer {record.tokenizer}: its fingerprint {tokenizer.fingerprint[:12]} is not the one that the data was made "
             f"with, {record.tokenizer_fingerprint[:12]}"
         )
-    if tokenizer.vocab_size != record.vocab_size:
+    if tokenizer.vocab_size > record.vocab_size:
         raise UserError(f"tokenizer {record.tokenizer} has {tokenizer.vocab_size} ids, the model {record.vocab_size}")
-    if tokenizer.mask_id is None and not family.causal:
+    if tokenizer.mask_id is None and family.architecture.endswith("ForMaskedLM"):
         raise UserError(f"tokenizer {record.tokenizer} has no mask token: {family.architecture} needs one")
+    family.check_tokenizer(tokenizer)
     return tokenizer
-
-
-def _check_destination(out_dir: Path) -> None:
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise UserError(f"{out_dir} exists and is not an empty folder: name another one, or remove it")
-
-
-@contextlib.contextmanager
-def _published_when_complete(out_dir: Path) -> Iterator[Path]:
-    """A folder beside `out_dir` that is renamed to it at the end of the block, or removed if the block fails."""
-    folder = out_dir.absolute().parent / f".{out_dir.name}.{os.getpid()}.tmp"
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        folder.rename(out_dir)
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,19 +1,25 @@
-"""Proof that an exported folder is the trained model: same token ids, same logits, same direction of attention.
+"""Proof that an exported folder is the trained model: same token ids, logits, direction of attention and weights.
 
 A wrong row permutation of the queries, or an encoder that silently runs causal, loads without a word and costs quality only.
 So the folder is reloaded as a user would load it, in float32, and held against logits that the training code computes.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import UserError
-from megatron_ext.hf.weight_map import Family
+from megatron_ext.hf.checkpoint_reader import CheckpointReader
+from megatron_ext.hf.families import Family
+from megatron_ext.hf.verification_error import VerificationError
+from megatron_ext.hf.verify_tokenizer import TokenizerReport, compare_tokenizers, verification_texts
+from megatron_ext.hf.verify_weights import WeightReport, check_layout, compare_weights
+from megatron_ext.tree import flatten
 
 ReferenceLogits = Callable[[Path, list[list[int]]], list[Tensor]]
 """(checkpoint, token rows) -> float32 logits [length, vocab_size] of each row, with the attention of the last objective."""
@@ -31,10 +37,6 @@ UNMOVED = 1e-6
 """Change of the first position's logits up to which it did not see the last token."""
 
 
-class VerificationError(Exception):
-    """The exported model is not the trained one; the message names the check and the largest difference."""
-
-
 @dataclass(frozen=True)
 class VerificationReport:
     """What a successful verification measured."""
@@ -45,16 +47,20 @@ class VerificationReport:
     mean_abs_diff: float
     tokens: int
     """Tokens whose logits were compared, over the whole vocabulary."""
-    texts: int
-    """Texts whose token ids were compared."""
     first_position_change: float
     """Largest change of the first position's logits when the last token is another one; 0 for a causal model."""
+    weight_report: WeightReport
+    tokenizer_report: TokenizerReport | None
+    """None for an import, which takes the tokenizer's files over."""
 
+    @property
+    def texts(self) -> int:
+        """Running texts whose token ids were compared."""
+        return self.tokenizer_report.texts if self.tokenizer_report else 0
 
-def verification_texts() -> list[str]:
-    """Article 1 of the Universal Declaration of Human Rights (United Nations, public domain), one language a text."""
-    path = Path(__file__).with_name("verification_text.txt")
-    return path.read_text(encoding="utf-8").splitlines()
+    def figures(self) -> dict[str, Any]:
+        """Name -> value of all that was measured, in one level."""
+        return flatten(asdict(self))
 
 
 def verification_rows(tokenizer: Tokenizer, max_length: int, masked: bool) -> list[list[int]]:
@@ -78,33 +84,35 @@ def verify_export(
     folder: Path,
     *,
     family: Family,
+    reader: CheckpointReader,
     tokenizer: Tokenizer,
+    dtype: torch.dtype,
     token_rows: list[list[int]],
     reference: list[Tensor],
-    trained_causal: bool,
-    weights: str,
 ) -> VerificationReport:
-    """Reload an exported folder in float32 and compare it with the training code.
+    """Reload an exported folder in float32 and compare it with the training code and the checkpoint.
 
     Args:
         folder: the exported folder.
         family: what it was exported as.
+        reader: the checkpoint.
         tokenizer: the tokenizer of the training.
+        dtype: of the exported weights.
         token_rows: rows of token ids.
         reference: float32 logits [length, vocab_size] of each row, from the training code (or `rounded_logits`).
-        trained_causal: the reference was computed with causal attention.
-        weights: dtype of the exported weights, for the report.
 
     Raises:
         VerificationError: a check failed.
         UserError: the reference does not belong to these rows.
     """
-    texts = _check_tokenizer(folder, tokenizer)
-    expected_shapes = [(len(row), tokenizer.vocab_size) for row in token_rows]
-    if [tuple(logits.shape) for logits in reference] != expected_shapes:
-        raise UserError(f"the reference logits have not the shape [length, {tokenizer.vocab_size}] of the token rows")
+    record, weights = reader.record, str(dtype).removeprefix("torch.")
+    tokenizer_report = compare_tokenizers(folder, tokenizer)
+    # An imported model may have more rows than its tokenizer has ids.
+    if [tuple(logits.shape) for logits in reference] != [(len(row), record.vocab_size) for row in token_rows]:
+        raise UserError(f"the reference logits have not the shape [length, {record.vocab_size}] of the token rows")
+    check_layout(folder, reader, family, dtype)
     model = _load_model(folder, family)
-    logits = _all_logits(model, family, token_rows, trained_causal)
+    logits = _all_logits(model, family, token_rows, record.causal)
     largest, mean = difference(logits, reference)
     if not largest <= LIMIT:  # so written, a NaN fails too
         raise VerificationError(
@@ -116,9 +124,47 @@ def verify_export(
         max_abs_diff=largest,
         mean_abs_diff=mean,
         tokens=sum(map(len, token_rows)),
-        texts=texts,
         first_position_change=_check_direction(model, family, token_rows, tokenizer),
+        weight_report=compare_weights(folder, reader, family, dtype=dtype),
+        tokenizer_report=tokenizer_report,
     )
+
+
+def verify_import(
+    folder: Path, checkpoint: Path, *, family: Family, tokenizer: Tokenizer, max_length: int, reference_logits: ReferenceLogits
+) -> VerificationReport:
+    """Compare a checkpoint with the Hugging Face model that it was made from, both in float32.
+
+    The mask token has no part in it: its row may be a new one.
+
+    Args:
+        folder: the Hugging Face model.
+        checkpoint: what was made of it.
+        family: of the model.
+        tokenizer: the checkpoint's.
+        max_length: longest row that the model takes.
+        reference_logits: the training code's forward pass.
+
+    Raises:
+        VerificationError: the logits differ by more than `LIMIT`, or a weight does.
+    """
+    rows = verification_rows(tokenizer, max_length, masked=False)
+    model = _load_model(folder, family)
+    theirs = [_logits(model, row) for row in rows]
+    kept = [index for index in range(theirs[0].shape[1]) if index != tokenizer.mask_id]
+    ours = [logits[:, kept] for logits in reference_logits(checkpoint, rows)]
+    largest, mean = difference(ours, [logits[:, kept] for logits in theirs])
+    if not largest <= LIMIT:
+        raise VerificationError(
+            f"verification failed: the largest difference of a logit between {folder.name} and the training code is {largest:.3g}, "
+            f"the limit {LIMIT:.0e}"
+        )
+    change = _check_direction(model, family, rows, tokenizer)
+    reader = CheckpointReader(checkpoint)
+    mask = reader.record.tree["imported"]["mask_token"]
+    made_row = None if mask is None or mask["how"] == "present" else mask["id"]
+    weights = compare_weights(folder, reader, family, made_row=made_row)
+    return VerificationReport("float32", largest, mean, sum(map(len, rows)), change, weights, None)
 
 
 def rounded_logits(
@@ -144,33 +190,11 @@ def difference(logits: list[Tensor], expected: list[Tensor]) -> tuple[float, flo
     return largest, sum(row.sum(dtype=torch.float64).item() for row in differences) / sum(row.numel() for row in differences)
 
 
-def _check_tokenizer(folder: Path, tokenizer: Tokenizer) -> int:
-    """Compare ids on every text, and the mask token's. Returns the number of texts."""
-    from transformers import AutoTokenizer
-
-    # The texts are compared whole, however little the model takes: no warning about their length.
-    fast = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, model_max_length=10**6)
-    texts = verification_texts()
-    for number, text in enumerate(texts, start=1):
-        exported, trained = fast(text, add_special_tokens=False)["input_ids"], tokenizer.encode(text)
-        if exported != trained:
-            place = next((i for i, pair in enumerate(zip(exported, trained, strict=False)) if len(set(pair)) > 1), len(trained))
-            raise VerificationError(
-                f"verification failed: the exported tokenizer gives other ids than {tokenizer.source} for line {number} of "
-                f"verification_text.txt, from token {place} on"
-            )
-    if fast.mask_token_id != tokenizer.mask_id:
-        raise VerificationError(
-            f"verification failed: the exported tokenizer's mask id is {fast.mask_token_id}, the training's {tokenizer.mask_id}"
-        )
-    return len(texts)
-
-
 def _load_model(folder: Path, family: Family) -> torch.nn.Module:
     """The model in float32 for inference. Every weight must come from the files."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-    auto_class = AutoModelForCausalLM if family.causal else AutoModelForMaskedLM
+    auto_class = AutoModelForMaskedLM if family.architecture.endswith("ForMaskedLM") else AutoModelForCausalLM
     model, loading = auto_class.from_pretrained(
         str(folder),
         dtype=torch.float32,

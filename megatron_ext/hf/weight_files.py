@@ -1,16 +1,24 @@
-"""The exported weights as safetensors files: planned from the table of names, written one file at a time."""
+"""The exported weights as safetensors files: planned from the table of names, written one tensor at a time."""
 
+import itertools
 import json
+import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_ext.errors import UserError
 from megatron_ext.hf.checkpoint_reader import CheckpointReader
+from megatron_ext.hf.finite import all_finite
 from megatron_ext.hf.weight_map import Mapping
 
+SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+ALIGNMENT = 8
+"""Bytes; the tensors begin at a multiple of it, as safetensors begins them."""
 SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -47,9 +55,14 @@ def check_tensors(reader: CheckpointReader, mappings: list[Mapping]) -> None:
 
 
 def write_weights(
-    folder: Path, reader: CheckpointReader, mappings: list[Mapping], dtype: torch.dtype, largest_file: int
+    folder: Path,
+    reader: CheckpointReader,
+    mappings: list[Mapping],
+    zeros: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    largest_file: int,
 ) -> tuple[str, ...]:
-    """Write the weights as safetensors, with an index if they fill more than one file. Memory holds one file at a time.
+    """Write the weights as safetensors, with an index if they fill more than one file. Memory holds one tensor at a time.
 
     Returns:
         The names of the weight files.
@@ -60,27 +73,49 @@ def write_weights(
     shards = plan_shards(mappings, dtype.itemsize, largest_file)
     names = _file_names(len(shards))
     for name, shard in zip(names, shards, strict=True):
-        tensors: dict[str, Tensor] = {}
-        for mapping in shard:
-            tensors |= {hf: tensor.contiguous() for hf, tensor in mapping.to_hf(_read(reader, mapping, dtype)).items()}
-        _save(tensors, folder / name)
+        shapes = {hf: shape for mapping in shard for hf, shape in zip(mapping.hf_names, mapping.converter.hf_shapes, strict=True)}
+        tensors = (part for mapping in shard for part in mapping.to_hf(_read(reader, mapping, dtype)).items())
+        if name == names[-1]:
+            shapes |= zeros
+            tensors = itertools.chain(tensors, ((hf, torch.zeros(shape, dtype=dtype)) for hf, shape in zeros.items()))
+        write_safetensors(folder / name, shapes, dtype, tensors)
     if len(shards) > 1:
         files = {hf: name for name, shard in zip(names, shards, strict=True) for mapping in shard for hf in mapping.hf_names}
-        parameters = sum(mapping.parameters for mapping in mappings)
+        files |= dict.fromkeys(zeros, names[-1])
+        parameters = sum(mapping.parameters for mapping in mappings) + sum(map(math.prod, zeros.values()))
         metadata = {"total_parameters": parameters, "total_size": parameters * dtype.itemsize}
         index = json.dumps({"metadata": metadata, "weight_map": files}, indent=2, sort_keys=True)
         (folder / "model.safetensors.index.json").write_text(index + "\n", encoding="utf-8")
     return names
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
+def write_safetensors(
+    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Write tensors of one dtype as they come; safetensors' own function wants all of them at once.
 
-    # safetensors makes files that only their owner can read; a model folder is there to be handed on.
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(mode)
+    The file has eight bytes with the length of the header, the header in JSON, and the tensors' bytes one after the other.
+
+    Args:
+        path: of a file that does not exist.
+        shapes: of all tensors, by name, in the order in which they come.
+        dtype: of all tensors.
+        tensors: names and values.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    waiting = iter(shapes.items())
+    with open(path, "xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors:
+            assert (name, tuple(tensor.shape)) == next(waiting) and tensor.dtype == dtype, name
+            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        assert next(waiting, None) is None, path
 
 
 def plan_shards(mappings: list[Mapping], itemsize: int, largest_file: int) -> list[list[Mapping]]:
@@ -105,6 +140,6 @@ def _file_names(count: int) -> tuple[str, ...]:
 
 def _read(reader: CheckpointReader, mapping: Mapping, dtype: torch.dtype) -> Tensor:
     tensor = reader.read(mapping.megatron_key).to(dtype)
-    if not torch.isfinite(tensor).all():
+    if not all_finite(tensor):
         raise UserError(f"checkpoint {reader.directory}: {mapping.megatron_key} holds NaN or infinity")
     return tensor

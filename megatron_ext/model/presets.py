@@ -3,8 +3,10 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
+from megatron_ext.checkpoint_files import read_run_file
 from megatron_ext.config import ModelConfig, RotaryScaling
 from megatron_ext.errors import UserError
 
@@ -109,6 +111,13 @@ def preset_2b() -> EncoderConfig:
     return _shape(32, 2304, 6144, 18, 6)
 
 
+STORED = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim"),
+    *("tie_embeddings", "qkv_bias", "qk_norm"),
+)
+"""Fields that the weights in a checkpoint decide."""
+
+DEFAULT_PRESET = "tiny"
 PRESETS: dict[str, Callable[[], EncoderConfig]] = {
     "nano": nano,
     "tiny": tiny,
@@ -120,19 +129,31 @@ PRESETS: dict[str, Callable[[], EncoderConfig]] = {
 
 
 def build_encoder_config(model: ModelConfig) -> EncoderConfig:
-    """The preset with the configured fields put in its place.
+    """The preset's or the checkpoint's shape with the configured fields put in its place.
 
     A changed width or head count changes `head_dim` with it, unless `head_dim` is given too.
 
     Raises:
-        UserError: unknown preset, or sizes that do not fit together.
+        UserError: unknown preset, sizes that do not fit together, or that the checkpoint does not have.
     """
-    if model.preset not in PRESETS:
-        raise UserError(f"model.preset is '{model.preset}': allowed are {', '.join(PRESETS)}")
-    given = {name: value for name, value in dataclasses.asdict(model).items() if name != "preset" and value is not None}
-    preset = PRESETS[model.preset]()
+    origins = ("preset", "checkpoint")
+    given = {name: value for name, value in dataclasses.asdict(model).items() if name not in origins and value is not None}
+    if model.checkpoint is not None:
+        return _change_checkpoint(model.checkpoint, given)
+    name = model.preset or DEFAULT_PRESET
+    if name not in PRESETS:
+        raise UserError(f"model.preset is '{name}': allowed are {', '.join(PRESETS)}")
+    preset = PRESETS[name]()
     if "head_dim" not in given and given.keys() & {"hidden_size", "num_attention_heads"}:
         hidden = given.get("hidden_size", preset.hidden_size)
         heads = given.get("num_attention_heads", preset.num_attention_heads)
         given["head_dim"] = hidden // heads
     return dataclasses.replace(preset, **given)
+
+
+def _change_checkpoint(checkpoint: str, given: dict[str, Any]) -> EncoderConfig:
+    encoder = EncoderConfig(**read_run_file(Path(checkpoint))["encoder"])
+    for name in STORED:
+        if given.get(name, getattr(encoder, name)) != getattr(encoder, name):
+            raise UserError(f"model.{name} is {given[name]}, but the weights in model.checkpoint have {getattr(encoder, name)}")
+    return dataclasses.replace(encoder, **given)

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_ext.config import RunConfig, from_dict
 from megatron_ext.errors import UserError
-from megatron_ext.model.presets import EncoderConfig
+from megatron_ext.model.presets import STORED, EncoderConfig
 from megatron_ext.objective import PhasePlan
 from megatron_ext.train.optimizer import learning_rate
 from megatron_ext.train.preflight import RunSetup
@@ -32,12 +32,6 @@ GUARDED = {
 MIXTURE_FIELD = "training.micro_batch_size"
 PRECISION = "training.precision"
 """Decides, like the shapes, what is stored."""
-SHAPES = (
-    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim"),
-    *("tie_embeddings", "qkv_bias", "qk_norm"),
-)
-"""Fields of the model that the stored weights decide."""
-
 UNTOLD = re.compile(
     r"(output_dir|resume|resume_changes|phases|model|optimizer|data\.(train|validation|split|tokenizer)|validation\.mask_ratio)(\..*)?"
 )
@@ -112,11 +106,14 @@ def as_records(changes: list[Change], step: int) -> list[dict[str, Any]]:
 def _model(setup: RunSetup, record: dict[str, Any]) -> list[Change]:
     new, old = vars(setup.encoder), vars(EncoderConfig(**record["encoder"]))
     effects = {name: "the model" for name in new if name != "init_std"}  # which only new weights are drawn with
-    return [
-        Change(f"model.{name}", old.get(name), value, effects.get(name, ""), name in SHAPES)
+    changes = [
+        Change(f"model.{name}", old.get(name), value, effects.get(name, ""), name in STORED)
         for name, value in new.items()
         if old.get(name) != value
     ]
+    if record["vocab_size"] != setup.vocab_size:
+        changes.append(Change("model.vocab_size", record["vocab_size"], setup.vocab_size, "the model", True))
+    return changes
 
 
 def _data(setup: RunSetup, record: dict[str, Any], old: RunConfig) -> list[Change]:
@@ -161,7 +158,7 @@ def _ratio(setup: RunSetup, record: dict[str, Any]) -> list[Change]:
 
 
 def _check_names(names: set[str], setup: RunSetup) -> None:
-    model = {f"model.{name}" for name in vars(setup.encoder) if name not in SHAPES}
+    model = {f"model.{name}" for name in vars(setup.encoder) if name not in STORED}
     known = {*(GUARDED.keys() - {PRECISION}), MIXTURE_FIELD, *model, *(f"phases.{phase.index}" for phase in setup.plan.phases)}
     for name in sorted(names - known):
         raise UserError(f"resume_changes names '{name}': allowed are {', '.join(sorted(known))}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_ext.errors import UserError, one_line
@@ -48,6 +49,21 @@ def _by_chunk(state: dict[str, Any]) -> dict[str, Any]:
     return {name: part for name, part in state.items() if name.startswith("model")}
 
 
+def _leave_out_extra_states(wanted: dict[str, Any], stored: set[str]) -> dict[str, dict[str, None]]:
+    """Ask for no extra state, which is that of FP8 modules, where there is none, as in a checkpoint that was imported.
+
+    Returns:
+        For each chunk the names that were left out, with the value that stands for nothing.
+    """
+    absent = {}
+    for name, part in _by_chunk(wanted).items():
+        keys = [key for key, value in part.items() if isinstance(value, ShardedObject) and value.unique_key not in stored]
+        absent[name] = dict.fromkeys(key for key in keys if key.endswith("_extra_state"))
+        for key in absent[name]:
+            del part[key]
+    return absent
+
+
 def load_checkpoint(checkpoint: Path, chunks: Sequence[torch.nn.Module], optimizer: Any | None) -> None:
     """Fill the model, and the optimizer if there is one, from a checkpoint saved at any layout.
 
@@ -61,6 +77,7 @@ def load_checkpoint(checkpoint: Path, chunks: Sequence[torch.nn.Module], optimiz
     """
     stored = refuse_foreign_code(checkpoint).state_dict_metadata
     wanted = sharded_state(chunks, optimizer, is_loading=True)
+    absent = _leave_out_extra_states(wanted, set(stored))
     if optimizer is not None:
         redirect_master_weights(wanted["optimizer"], set(stored))
         sharding = wanted["optimizer"].get("param_state_sharding_type")
@@ -73,6 +90,7 @@ def load_checkpoint(checkpoint: Path, chunks: Sequence[torch.nn.Module], optimiz
             raise cause from None
         raise UserError(f"checkpoint {checkpoint} cannot be read ({one_line(cause)})") from error
     for number, chunk in enumerate(chunks):
-        chunk.load_state_dict(state["model" if len(chunks) == 1 else f"model{number}"])
+        name = "model" if len(chunks) == 1 else f"model{number}"
+        chunk.load_state_dict(state[name] | absent[name])
     if optimizer is not None:
         optimizer.load_state_dict({**adapt_loaded_state(state["optimizer"], optimizer), "param_state_sharding_type": sharding})

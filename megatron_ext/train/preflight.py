@@ -18,6 +18,7 @@ from megatron_ext.model.presets import EncoderConfig, build_encoder_config
 from megatron_ext.objective import OBJECTIVES, PhasePlan, Vocabulary
 from megatron_ext.runtime.backend import Backend, choose_backend
 from megatron_ext.runtime.topology import Layout, check_layout, rank_from_environment
+from megatron_ext.train.start import Start, find_start
 
 SAMPLES_LOOKED_AT = 256
 
@@ -37,11 +38,13 @@ class RunSetup:
     validation_data: Blend | None
     data_record: list[dict[str, Any]]
     """What was read: prefix, weight, fingerprint of each set."""
+    start: Start | None
+    """Where the first weights come from; None draws them."""
 
     @property
     def vocab_size(self) -> int:
-        """Ids that belong to tokens."""
-        return self.tokenizer.vocab_size
+        """Ids that the model knows. A model that was imported may know more than its tokenizer gives."""
+        return max(self.tokenizer.vocab_size, self.start.record["vocab_size"] if self.start else 0)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -91,6 +94,7 @@ def prepare(config: RunConfig, world_size: int) -> RunSetup:
         training_data=training_data,
         validation_data=validation_data,
         data_record=data_record,
+        start=find_start(config, tokenizer),
     )
 
 

@@ -8,13 +8,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.checkpoint_files import FORMAT, RUN_FILE, describe_files, read_run_file, seal
+from megatron_ext.checkpoint_files import (
+    FORMAT,
+    RUN_FILE,
+    TOKENIZER_FILES,
+    TOKENIZER_FOLDER,
+    describe_files,
+    read_run_file,
+    seal,
+)
 from megatron_ext.secrets import redact
 from megatron_ext.train.preflight import RunSetup
 from megatron_ext.unpickling import read_metadata
-
-TOKENIZER_FOLDER = "tokenizer"
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "config.json")
 
 SUMS = ".sums-{rank}.json"
 """File in which each rank's writer leaves the sums of its shards."""

@@ -36,6 +36,8 @@ def check_resume(config: RunConfig) -> None:
         raise UserError(
             f"resume is '{config.resume}': allowed are never, auto, or the path of a checkpoint, and there is no such path"
         )
+    if not read_run_file(checkpoint)["phases"]:
+        raise UserError(f"resume is '{config.resume}', which was imported, not trained: begin with its weights (model.checkpoint)")
     if existing and (not is_same_run(config, checkpoint) or step_of(existing[-1]) > step_of(checkpoint)):
         raise UserError(
             f"resume is '{config.resume}', but output_dir {config.output_dir} holds checkpoints up to {existing[-1].name}, which "
@@ -80,12 +82,21 @@ def choose_checkpoint(config: RunConfig, mark: Callable[[str], None]) -> Path | 
         return None
     if not goes_on(config):
         checkpoint = Path(config.resume)
-        mark(f"reading {checkpoint}")
-        damage = check_files(checkpoint)
-        if damage:
-            raise UserError(f"checkpoint {checkpoint} is damaged: {damage}")
+        require_sound(checkpoint, mark)
         return checkpoint
     return _newest_sound(folder, mark)
+
+
+def require_sound(checkpoint: Path, mark: Callable[[str], None]) -> None:
+    """Read every byte of a checkpoint that a run cannot do without; all ranks call it together.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    mark(f"reading {checkpoint}")
+    damage = check_files(checkpoint)
+    if damage:
+        raise UserError(f"checkpoint {checkpoint} is damaged: {damage}")
 
 
 def _newest_sound(folder: Path, mark: Callable[[str], None]) -> Path | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from megatron_ext.checkpoint_files import read_run_file
+from megatron_ext.checkpoint_files import read_run_file, step_of
 from megatron_ext.config import RunConfig
 from megatron_ext.data.loader import BatchBuilder, StepData, TrainingLoader
 from megatron_ext.errors import say
@@ -36,11 +36,12 @@ from megatron_ext.train.optimizer import (
 )
 from megatron_ext.train.preflight import RunSetup, prepare
 from megatron_ext.train.progress import progress_record
-from megatron_ext.train.resume import check_resume, checkpoint_folder, choose_checkpoint, is_same_run
+from megatron_ext.train.resume import check_resume, checkpoint_folder, choose_checkpoint, is_same_run, require_sound
 from megatron_ext.train.retention import is_due, note_branch
 from megatron_ext.train.saves import Saves
 from megatron_ext.train.saving import CheckpointSaver
 from megatron_ext.train.skipped import SkippedSteps
+from megatron_ext.train.start import INHERITED, Start, as_parent
 from megatron_ext.train.step import Sums, run_schedule
 from megatron_ext.train.stopping import EXIT_HANG, EXIT_STOPPED, StopRequest
 from megatron_ext.train.tracking import Status, Trackers, build_trackers
@@ -69,13 +70,18 @@ def train(config: RunConfig) -> int:
     with StopRequest() as stop, groups, Watchdog(timeout, EXIT_HANG) as watchdog, held:
         checkpoint = choose_checkpoint(config, watchdog.mark)
         record = _continue_from(setup, checkpoint) if checkpoint else None
-        trackers = build_trackers(config, setup.plan.total_steps, record, rank_from_environment() == 0)
+        start = setup.start if checkpoint is None else None
+        if start:
+            require_sound(start.checkpoint, watchdog.mark)
+        trackers = build_trackers(config, setup.plan.total_steps, record or _new_run(start), rank_from_environment() == 0)
         watchdog.at_end = functools.partial(trackers.finish, "FAILED")
         status: Status = "FAILED"
         try:
             trainer = Trainer.build(setup, trackers, watchdog, stop)
             if checkpoint and record:
                 trainer.restore(checkpoint, record)
+            elif start:
+                trainer.begin_from(start)
             status = trainer.run()
         except (KeyboardInterrupt, SystemExit):
             status = "KILLED"
@@ -105,10 +111,14 @@ def _continue_from(setup: RunSetup, checkpoint: Path) -> dict[str, Any]:
     return branch_of(record, checkpoint)
 
 
+def _new_run(start: Start | None) -> dict[str, Any] | None:
+    """What the trackers are told of a run that begins with the weights of another."""
+    return start and {"step": 0, "mlflow_run_id": None, "run_key": None, **start.inheritance()}
+
+
 def branch_of(record: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     """What a run that starts from another run's checkpoint takes over: all but that run's identity, which becomes its parent."""
-    parent = {"checkpoint": str(checkpoint), "step": record["step"], "mlflow_run_id": record["mlflow_run_id"]}
-    return {**record, "mlflow_run_id": None, "run_key": None, "parent": parent}
+    return {**record, "mlflow_run_id": None, "run_key": None, "parent": as_parent(checkpoint, record)}
 
 
 def use_all_cores() -> None:
@@ -143,10 +153,8 @@ class Trainer:
     counters: Counters = field(default_factory=Counters)
     step: int = 0
     """Completed steps."""
-    parent: dict[str, Any] | None = None
-    """The checkpoint of another run that this one branched from."""
-    changes: list[dict[str, Any]] = field(default_factory=list)
-    """What changed in the configuration when the run was continued."""
+    inherited: dict[str, Any] = field(default_factory=lambda: dict(INHERITED))
+    """Where the run comes from, and what changed in its configuration when it was continued."""
     is_stopping: bool = False
     """A signal has come to some rank."""
 
@@ -184,9 +192,18 @@ class Trainer:
         self.watchdog.mark(f"loading {checkpoint}")
         load_checkpoint(checkpoint, self.bare_chunks, self.optimizer)
         self.step = record["step"]
-        self.parent, self.changes = record["parent"], record["changes"]
+        self.inherited = {name: record.get(name, value) for name, value in INHERITED.items()}
         self.counters = Counters(**{name: record.get(name, 0) for name in Counters().as_dict()})
         self.skipped.in_a_row = record.get("skipped_in_a_row", 0)
+
+    def begin_from(self, start: Start) -> None:
+        """Take another checkpoint's weights; the optimizer starts anew, from these weights as this run's precision has them."""
+        self.watchdog.mark(f"loading {start.checkpoint}")
+        load_checkpoint(start.checkpoint, self.bare_chunks, None)
+        self.optimizer.reload_model_params()
+        self.inherited = start.inheritance()
+        if step_of(start.checkpoint) >= 0 and rank_from_environment() == 0:
+            note_branch(start.checkpoint, self.setup.config)
 
     def run(self) -> Status:
         """Run the steps that are left, or until a signal comes."""
@@ -295,8 +312,7 @@ class Trainer:
             **progress_record(self.setup, self.step),
             **self.counters.as_dict(),
             "skipped_in_a_row": self.skipped.in_a_row,
-            "parent": self.parent,
-            "changes": self.changes,
+            **self.inherited,
             **self.trackers.identity(),
         }
         with self.speed.pause():

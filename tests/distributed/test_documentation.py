@@ -56,7 +56,7 @@ def shell(command: str, folder: Path) -> str:
 
 
 def test_the_commands_of_the_readme_run(workshop: Path) -> None:
-    commands = [line for block in blocks(README, "bash") for line in block.strip().splitlines()]
+    commands = [line for block in blocks(README, "bash") for line in block.replace("\\\n", "").strip().splitlines()]
     assert len(commands) >= 7
     stop_at = iter((2, 4))
     for command in commands:

@@ -17,11 +17,15 @@ import pytest
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 
+from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.errors import UserError
 from megatron_ext.hf import weight_map
 from megatron_ext.hf.export import export_checkpoint
+from megatron_ext.hf.families import FAMILIES
 from megatron_ext.hf.verify import LIMIT, VerificationError, verification_rows, verification_texts
 from megatron_ext.model.presets import EncoderConfig
+from tests.unit.hf_models import weights_of
+from tests.unit.hf_tokenizers import WRITERS
 
 ROOT = Path(__file__).parents[2]
 VOCAB_SIZE, PADDED_VOCAB_SIZE = 1003, 1024
@@ -36,6 +40,7 @@ GROUPED = EncoderConfig(
     max_position_embeddings=128,
 )
 TIED = dataclasses.replace(GROUPED, num_query_groups=6, head_dim=8, tie_embeddings=True)
+BIASED = dataclasses.replace(GROUPED, qkv_bias=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,7 +80,7 @@ def tokenizer_file(tmp_path_factory):
 def random_tensors(encoder, dtype=torch.float32):
     """Tensors under megatron's keys, large enough that a misplaced row shows."""
     generator = torch.Generator().manual_seed(1)
-    mappings = weight_map.llama(encoder, VOCAB_SIZE, PADDED_VOCAB_SIZE)
+    mappings = weight_map.build_mappings(encoder, VOCAB_SIZE, PADDED_VOCAB_SIZE)
     tensors = {}
     for mapping in mappings:
         tensor = torch.randn(mapping.converter.megatron_shape, generator=generator) * 0.15
@@ -85,8 +90,6 @@ def random_tensors(encoder, dtype=torch.float32):
 
 def write_run_json(folder, encoder, causal, tokenizer_file):
     """A run.json as training writes it, and the tokenizer."""
-    from megatron_ext.data.tokenizer import load_tokenizer
-
     shutil.copy(tokenizer_file, folder / "tokenizer.model")
     phases = [{"name": "0-clm", "start_step": 0, "end_step": 30}, {"name": "1-mlm", "start_step": 30, "end_step": 40, "ratio": 0.4}]
     counters = {"samples": 640, "tokens": 123456, "predicted_tokens": 98765, "flops": 1e9}
@@ -136,8 +139,8 @@ def dense_logits(encoder, causal, tensors=None):
         turned = torch.complex(states[:, : width // 2].contiguous(), states[:, width // 2 :].contiguous()) * angle
         return torch.cat([turned.real, turned.imag], dim=1)
 
-    def attention(hidden, qkv):
-        rows = (hidden @ qkv.t()).split(width, dim=1)
+    def attention(hidden, qkv, bias):
+        rows = (hidden @ qkv.t() + bias).split(width, dim=1)
         outputs = []
         for head in range(heads):
             group, place = divmod(head, heads // groups)
@@ -154,7 +157,8 @@ def dense_logits(encoder, causal, tensors=None):
         for index in range(encoder.num_layers):
             layer = {key.split(".", 3)[3]: weights[key] for key in weights if key.startswith(f"decoder.layers.{index}.")}
             normed = norm(hidden, layer["self_attention.linear_qkv.layer_norm_weight"])
-            attended = attention(normed, layer["self_attention.linear_qkv.weight"])
+            bias = layer.get("self_attention.linear_qkv.bias", torch.zeros(1).double())
+            attended = attention(normed, layer["self_attention.linear_qkv.weight"], bias)
             hidden = hidden + attended @ layer["self_attention.linear_proj.weight"].t()
             normed = norm(hidden, layer["mlp.linear_fc1.layer_norm_weight"])
             inner = normed @ layer["mlp.linear_fc1.weight"].t()
@@ -167,7 +171,7 @@ def dense_logits(encoder, causal, tensors=None):
     return lambda checkpoint, rows: [forward(row) for row in rows]
 
 
-@pytest.mark.parametrize("encoder", [GROUPED, TIED], ids=["grouped", "tied"])
+@pytest.mark.parametrize("encoder", [GROUPED, TIED, BIASED], ids=["grouped", "tied", "biased"])
 @pytest.mark.parametrize(("causal", "architecture"), [(False, "EuroBertForMaskedLM"), (True, "LlamaForCausalLM")])
 def test_export_equals_an_independent_forward_pass(tmp_path, tokenizer_file, encoder, causal, architecture):
     checkpoint = write_checkpoint(tmp_path / "checkpoint", tokenizer_file, encoder=encoder, causal=causal)
@@ -186,6 +190,31 @@ def test_export_equals_an_independent_forward_pass(tmp_path, tokenizer_file, enc
     modes = {path.stat().st_mode for path in (tmp_path / "model").iterdir()}
     assert len(modes) == 1, "the weights are as readable as the rest"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "model"]
+
+
+def test_biases_leave_as_llama_because_qwen2_would_cut_texts_in_another_way(tmp_path, tokenizer_file):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", tokenizer_file, encoder=BIASED, causal=True)
+    assert export_checkpoint(checkpoint, tmp_path / "model").architecture == "LlamaForCausalLM"
+    assert json.loads((tmp_path / "model/config.json").read_text())["attention_bias"] is True
+    weights = weights_of(tmp_path / "model")
+    assert weights["model.layers.1.self_attn.q_proj.bias"].any() and not weights["model.layers.1.self_attn.o_proj.bias"].any()
+    with pytest.raises(UserError, match="tokenizer as a Qwen2Tokenizer, which would give other ids") as caught:
+        export_checkpoint(checkpoint, tmp_path / "qwen2", family="qwen2")
+    assert "\n" not in str(caught.value) and not (tmp_path / "qwen2").exists()
+
+
+@pytest.mark.parametrize(("name", "fits"), [("qwen", True), ("llama 3", False), ("llama 2", False)])
+def test_qwen2_takes_the_tokenizers_that_its_class_reads_as_they_are(tmp_path, name, fits):
+    WRITERS[name](tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    if fits:
+        FAMILIES["qwen2"].check_tokenizer(tokenizer)
+    else:
+        with pytest.raises(UserError, match="cannot go with the family qwen2"):
+            FAMILIES["qwen2"].check_tokenizer(tokenizer)
+    for family in FAMILIES.values():
+        if family.name != "qwen2":
+            family.check_tokenizer(tokenizer)
 
 
 def test_pipelines_run_on_the_exported_folder(tmp_path, tokenizer_file):
@@ -223,8 +252,6 @@ def test_weights_in_several_files_load_as_one_model(tmp_path, tokenizer_file):
 
 
 def test_hugging_face_tokenizer_folder_is_carried_over(tmp_path, tokenizer_file):
-    from megatron_ext.data.tokenizer import load_tokenizer
-
     checkpoint = write_checkpoint(tmp_path / "checkpoint", tokenizer_file)
     load_tokenizer(tokenizer_file).to_fast().save_pretrained(checkpoint / "tokenizer")
     run = json.loads((checkpoint / "run.json").read_text())
@@ -433,7 +460,6 @@ def save_with_megatron(folder, tokenizer_file):
 
     from megatron_ext.config import ParallelConfig, TrainingConfig
     from megatron_ext.data.batch import collate
-    from megatron_ext.data.tokenizer import load_tokenizer
     from megatron_ext.model.encoder import EncoderModel
     from megatron_ext.model.layers import transformer_config
     from megatron_ext.objective import OBJECTIVES, Example

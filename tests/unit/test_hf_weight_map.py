@@ -1,10 +1,14 @@
 """Names and layouts of the exported tensors, against transformers' own models and against row labels."""
 
+import dataclasses
+
 import pytest
 import torch
 
+from megatron_ext.errors import UserError
+from megatron_ext.hf.families import FAMILIES, choose_family
 from megatron_ext.hf.weight_files import parse_size, plan_shards
-from megatron_ext.hf.weight_map import FAMILIES, SplitGateUp, SplitQKV, StripVocabularyPadding, llama
+from megatron_ext.hf.weight_map import SplitGateUp, SplitQKV, StripVocabularyPadding, build_mappings
 from megatron_ext.model.presets import EncoderConfig
 
 SHAPES = {
@@ -16,6 +20,18 @@ SHAPES = {
         num_layers=1, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=1, head_dim=8, tie_embeddings=True
     ),
 }
+
+REPRESENTED = {
+    *((family, frozenset(extras)) for family in ("eurobert", "llama") for extras in ([], ["qkv_bias"])),
+    ("mistral", frozenset()),
+    ("qwen2", frozenset(["qkv_bias"])),
+    *(
+        (family, frozenset(extras))
+        for family in ("qwen3", "qwen3-bidirectional")
+        for extras in (["qk_norm"], ["qkv_bias", "qk_norm"])
+    ),
+}
+"""Which family has which of the two extras."""
 
 
 def test_qkv_rows_go_to_their_heads():
@@ -42,14 +58,18 @@ def test_padding_rows_are_dropped():
     assert torch.equal(stripped, torch.arange(2006.0).view(1003, 2))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_table_names_every_weight_of_the_transformers_class(family, shape):
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("extras", [{}, {"qkv_bias": True}, {"qk_norm": True}, {"qkv_bias": True, "qk_norm": True}], ids=str)
+def test_table_names_every_weight_of_the_transformers_class(family, shape, extras):
     import transformers
 
-    encoder = SHAPES[shape]
-    config_class = transformers.LlamaConfig if family == "llama" else transformers.EuroBertConfig
-    config = config_class(
+    encoder = dataclasses.replace(SHAPES[shape], **extras)
+    if FAMILIES[family].refusal(encoder):
+        assert (family, frozenset(extras)) not in REPRESENTED
+        return
+    assert (family, frozenset(extras)) in REPRESENTED
+    config = getattr(transformers, FAMILIES[family].config_class)(
         vocab_size=1003,
         hidden_size=encoder.hidden_size,
         intermediate_size=encoder.ffn_hidden_size,
@@ -58,21 +78,61 @@ def test_table_names_every_weight_of_the_transformers_class(family, shape):
         num_key_value_heads=encoder.num_query_groups,
         head_dim=encoder.head_dim,
         tie_word_embeddings=encoder.tie_embeddings,
+        attention_bias=encoder.qkv_bias,
         pad_token_id=0,
     )
     with torch.device("meta"):
         model = getattr(transformers, FAMILIES[family].architecture)(config)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    mapped = {}
-    for mapping in FAMILIES[family].mappings(encoder, 1003, 1024):
+    mapped = dict(FAMILIES[family].zero_tensors(encoder))
+    for mapping in build_mappings(encoder, 1003, 1024):
         tensors = mapping.to_hf(torch.empty(mapping.converter.megatron_shape, device="meta"))
         assert [tuple(tensor.shape) for tensor in tensors.values()] == list(mapping.converter.hf_shapes)
+        assert not mapped.keys() & tensors.keys()
         mapped |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     assert mapped == expected
 
 
+EXPORTED_AS = {  # origin, its extras -> the family after causal training, after bidirectional training
+    ("eurobert", frozenset()): ("llama", "eurobert"),
+    ("llama", frozenset()): ("llama", "eurobert"),
+    ("llama", frozenset(["qkv_bias"])): ("llama", "eurobert"),
+    ("mistral", frozenset()): ("mistral", "eurobert"),
+    ("qwen2", frozenset(["qkv_bias"])): ("qwen2", "eurobert"),
+    ("qwen3", frozenset(["qk_norm"])): ("qwen3", "qwen3-bidirectional"),
+    ("qwen3-bidirectional", frozenset(["qk_norm"])): ("qwen3", "qwen3-bidirectional"),
+    (None, frozenset()): ("llama", "eurobert"),
+    (None, frozenset(["qkv_bias"])): ("llama", "eurobert"),
+    (None, frozenset(["qk_norm"])): ("qwen3", "qwen3-bidirectional"),
+    (None, frozenset(["qk_norm", "qkv_bias"])): ("qwen3", "qwen3-bidirectional"),
+}
+
+
+@pytest.mark.parametrize(("origin", "extras"), EXPORTED_AS)
+def test_a_model_leaves_as_what_it_came_as_unless_its_attention_changed(origin, extras):
+    encoder = dataclasses.replace(SHAPES["grouped"], **dict.fromkeys(extras, True))
+    for causal, expected in zip((True, False), EXPORTED_AS[origin, extras], strict=True):
+        assert choose_family("auto", encoder, causal, origin).name == expected
+    for family in FAMILIES.values():
+        if family.causal:
+            with pytest.raises(UserError, match=f"last step was bidirectional.*; use {EXPORTED_AS[origin, extras][1]}$"):
+                choose_family(family.name, encoder, False, origin)
+        if (family.name, extras) not in REPRESENTED:
+            with pytest.raises(UserError, match="unlike this checkpoint"):
+                choose_family(family.name, encoder, True, origin)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_both_ways_give_the_same_numbers(shape):
+    encoder = dataclasses.replace(SHAPES[shape], qkv_bias=True, qk_norm=True)
+    for mapping in build_mappings(encoder, 1003, 1003):
+        tensor = torch.randn(mapping.converter.megatron_shape)
+        parts = tuple(part.clone() for part in mapping.to_hf(tensor).values())
+        assert torch.equal(mapping.from_hf(parts), tensor)
+
+
 def test_shards_keep_order_and_limit():
-    mappings = llama(SHAPES["grouped"], 1003, 1024)
+    mappings = build_mappings(SHAPES["grouped"], 1003, 1024)
     shards = plan_shards(mappings, itemsize=2, largest_file=60_000)
     assert [mapping for shard in shards for mapping in shard] == mappings
     assert len(shards) > 3

@@ -29,7 +29,7 @@ ALLOWED = {
     "data": CORE | {"objective", "runtime"},
     "model": CORE | {"objective", "runtime", "data"},
     "train": CORE | {"unpickling", "objective", "runtime", "data", "model"},
-    "hf": CORE | {"unpickling", "objective", "data.tokenizer", "model.presets"},
+    "hf": CORE | {"run_record", "unpickling", "objective", "data.tokenizer", "model.presets"},
     "plan": CORE | {"objective", "runtime", "data", "model"},
     "evaluation": {"secrets", "errors"},
     "doctor": CORE | {"run_record", "unpickling", "objective", "runtime", "data", "model", "train", "hf", "plan", "evaluation"},
