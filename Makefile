@@ -22,9 +22,9 @@ demo: install
 adapt: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/adapt_decoder/run.sh
 
-# Two files at a time: most tests wait for processes of their own.
+# Three files at a time: most tests wait for processes of their own, so that two cores have room for a third.
 test: install
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

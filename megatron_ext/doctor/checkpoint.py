@@ -73,7 +73,7 @@ def check_checkpoint(checkpoint: Path) -> Report:
         record = read_run_file(checkpoint)
         _check_files(checkpoint, record, found)
         # One that was imported has no training behind it.
-        config = from_dict(record["config"]) if record["phases"] else None
+        config = from_dict(record["config"]) if record["phase"] != "imported" else None
         if config is not None:
             _check_counters(checkpoint, record, config, found)
         _check_tokenizer(checkpoint, record, found)

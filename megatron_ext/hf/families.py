@@ -4,12 +4,13 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import UserError
 from megatron_ext.model.presets import EncoderConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+
+    from megatron_ext.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Family:
             return f"{self.architecture} {self.biases} has biases on queries, keys and values"
         return None
 
-    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+    def check_tokenizer(self, tokenizer: "Tokenizer") -> None:
         """Hold a tokenizer against the class that transformers would read it with.
 
         Raises:

@@ -1,6 +1,7 @@
 """One process at a time works in an output folder: a training run, by its rank 0, or a replay of the run's metrics."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -16,6 +17,9 @@ LOCK_FILE = ".in_use"
 
 SECONDS_TO_WAIT = 5.0
 """How long a run waits for one before it in the same folder that is just ending."""
+
+SECONDS_TO_OPEN = 1.0
+"""How long a folder may vanish between being made and being written to."""
 
 
 class FolderLock:
@@ -69,11 +73,15 @@ class FolderLock:
         return True
 
     def _open(self) -> int:
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            return os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise UserError(f"output_dir {self._folder} cannot be written ({error.strerror})") from None
+        deadline = time.monotonic() + SECONDS_TO_OPEN
+        while True:
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                return os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            except OSError as error:
+                # A holder that lets go may remove the empty folder between the two calls.
+                if error.errno != errno.ENOENT or time.monotonic() > deadline:
+                    raise UserError(f"output_dir {self._folder} cannot be written ({error.strerror})") from None
 
     def _is_there(self, descriptor: int) -> bool:
         try:

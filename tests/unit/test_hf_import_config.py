@@ -395,7 +395,7 @@ REFUSED = {
     "an unknown type": (LLAMA_2_7B | {"model_type": "llamas"}, "does not know it"),
     "no type": ({"hidden_size": 64}, "does not know it"),
     "heads that do not divide": (LLAMA_2_7B | {"num_key_value_heads": 5}, "does not divide"),
-    "a size that is text": (LLAMA_2_7B | {"hidden_size": "large"}, "cannot be read as a configuration"),
+    "a size that is text": (LLAMA_2_7B | {"hidden_size": "large"}, "hidden_size is 'large': it must be a whole number"),
 }
 
 
