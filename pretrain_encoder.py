@@ -2,7 +2,7 @@
 
 import sys
 
-from megatron_ext.config import load_config
+from megatron_ext.config_reading import load_config
 from megatron_ext.errors import run_command
 
 

@@ -1,42 +1,35 @@
-"""The run's configuration: one tree of dataclasses, read from YAML and overridden on the command line.
+"""The run's configuration: one tree of dataclasses. `config_reading.py` reads it from YAML and the command line.
 
-Values go `defaults < --config FILE.yaml < --section.field value`; unknown keys and wrong types are refused by name.
 Each class checks its own fields in `__post_init__`; `RunConfig` checks the combinations that need nothing but the
 configuration. What needs a tokenizer, a data set or the number of ranks is checked in `megatron_ext.train.preflight`, still
-before any process group exists. This module imports neither torch nor megatron, so `--help` stays quick.
+before any process group exists. This module imports neither torch nor megatron.
 """
 
-import argparse
-import ast
 import dataclasses
-import functools
-import inspect
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_ext.config_tree import Place, Tree, build, nearest, show, spell, type_hints
-from megatron_ext.config_yaml import read_file, read_word
-from megatron_ext.errors import CommandLine, UserError
-from megatron_ext.secrets import is_redacted, redact
+from megatron_ext.errors import UserError
+from megatron_ext.secrets import redact
 
 OBJECTIVE_NAMES = ("clm", "mlm", "mntp")
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Refuse a configuration with this message unless the condition holds."""
     if not condition:
         raise UserError(message)
 
 
 def _require_positive(where: str, **values: float | None) -> None:
     for name, value in values.items():
-        _require(value is None or 0 < value < math.inf, f"{where}.{name} is {value}: it must be greater than 0")
+        require(value is None or 0 < value < math.inf, f"{where}.{name} is {value}: it must be greater than 0")
 
 
 def _require_share(where: str, **values: float | None) -> None:
     for name, value in values.items():
-        _require(value is None or 0.0 <= value <= 1.0, f"{where}.{name} is {value}: it must lie between 0 and 1")
+        require(value is None or 0.0 <= value <= 1.0, f"{where}.{name} is {value}: it must lie between 0 and 1")
 
 
 RotaryScaling = Literal["none", "linear", "llama3"]
@@ -88,7 +81,7 @@ class ModelConfig:
     """`llama3`: length that the model was trained with before it was stretched."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.checkpoint is None or self.preset is None,
             f"model.preset is {self.preset} with model.checkpoint {self.checkpoint}, which has a shape already: give one of them",
         )
@@ -130,12 +123,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require_positive("data", sequence_length=self.sequence_length)
-        _require(bool(self.train), "data.train is empty: name at least one data set prefix")
-        _require(
+        require(bool(self.train), "data.train is empty: name at least one data set prefix")
+        require(
             len(self.split) == 3 and all(share >= 0 for share in self.split) and abs(sum(self.split) - 1) < 1e-6,
             f"data.split is {self.split}: it must hold three shares (train, validation, test) that sum to 1",
         )
-        _require(self.split[0] > 0, f"data.split is {self.split}: the training share must be greater than 0")
+        require(self.split[0] > 0, f"data.split is {self.split}: the training share must be greater than 0")
 
 
 @dataclass(kw_only=True)
@@ -161,12 +154,12 @@ class MaskingConfig:
 
     def __post_init__(self) -> None:
         for name, value in (("ratio", self.ratio), ("final_ratio", self.final_ratio)):
-            _require(value is None or 0.0 < value < 1.0, f"masking.{name} is {value}: it must lie between 0 and 1, both excluded")
+            require(value is None or 0.0 < value < 1.0, f"masking.{name} is {value}: it must lie between 0 and 1, both excluded")
         _require_share("masking", mask_share=self.mask_share, random_share=self.random_share, keep_share=self.keep_share)
         shares = self.mask_share + self.random_share + self.keep_share
-        _require(abs(shares - 1) < 1e-6, f"masking.mask_share + random_share + keep_share is {shares:g}: it must be 1")
+        require(abs(shares - 1) < 1e-6, f"masking.mask_share + random_share + keep_share is {shares:g}: it must be 1")
         _require_positive("masking", mean_span_length=self.mean_span_length)
-        _require(self.mean_span_length >= 1, f"masking.mean_span_length is {self.mean_span_length}: it must be at least 1")
+        require(self.mean_span_length >= 1, f"masking.mean_span_length is {self.mean_span_length}: it must be at least 1")
 
 
 @dataclass(kw_only=True)
@@ -189,11 +182,11 @@ class PhaseConfig:
     def __post_init__(self) -> None:
         names = self.objective if isinstance(self.objective, dict) else {self.objective: 1.0}
         for name, weight in names.items():
-            _require(name in OBJECTIVE_NAMES, f"phase objective is '{name}': allowed are {', '.join(OBJECTIVE_NAMES)}")
-            _require(0 < weight < math.inf, f"phase objective {name} has the weight {weight}: it must be greater than 0")
-        _require(bool(names), "phase objective is an empty mixture: name at least one objective")
-        _require(sum(names.values()) < math.inf, "phase objective has weights that sum to infinity: give smaller ones")
-        _require(
+            require(name in OBJECTIVE_NAMES, f"phase objective is '{name}': allowed are {', '.join(OBJECTIVE_NAMES)}")
+            require(0 < weight < math.inf, f"phase objective {name} has the weight {weight}: it must be greater than 0")
+        require(bool(names), "phase objective is an empty mixture: name at least one objective")
+        require(sum(names.values()) < math.inf, "phase objective has weights that sum to infinity: give smaller ones")
+        require(
             (self.steps is None) != (self.tokens is None),
             f"phase '{'+'.join(names)}' has steps={self.steps} and tokens={self.tokens}: give exactly one of them",
         )
@@ -212,16 +205,80 @@ class ParallelConfig:
     """Model chunks on each pipeline rank (interleaved schedule when greater than 1)."""
     sequence: bool = True
     """Sequence parallelism in the tensor-parallel regions (only matters when tensor > 1)."""
+    context: int = 1
+    """Context-parallel size: splits the tokens of a micro-batch over ranks, attention included."""
     distributed_optimizer: bool = False
     """Shard the optimizer's state over the data-parallel ranks."""
+    overlap_gradient_reduce: bool = False
+    """Reduce gradients over the data-parallel ranks while the backward pass goes on (GPU only)."""
+    overlap_parameter_gather: bool = False
+    """Gather updated weights while the next forward pass goes on (GPU only; needs both overlap_gradient_reduce and
+    distributed_optimizer)."""
+    overlap_tensor_communication: bool = False
+    """Overlap tensor-parallel communication with the products around it (Transformer Engine only; needs sequence)."""
 
     def __post_init__(self) -> None:
-        sizes = {"tensor": self.tensor, "pipeline": self.pipeline, "virtual_pipeline": self.virtual_pipeline}
+        sizes = {name: getattr(self, name) for name in ("tensor", "pipeline", "virtual_pipeline", "context")}
         _require_positive("parallel", **sizes)
-        _require(
+        require(
             self.virtual_pipeline == 1 or self.pipeline > 1,
             f"parallel.virtual_pipeline is {self.virtual_pipeline} with parallel.pipeline 1: interleaving needs pipeline > 1",
         )
+        require(
+            not self.overlap_parameter_gather or (self.overlap_gradient_reduce and self.distributed_optimizer),
+            "parallel.overlap_parameter_gather is true: it needs parallel.distributed_optimizer and "
+            "parallel.overlap_gradient_reduce to be true as well",
+        )
+        require(
+            not self.overlap_tensor_communication or (self.sequence and self.tensor > 1),
+            "parallel.overlap_tensor_communication is true: it needs parallel.tensor > 1 and parallel.sequence true",
+        )
+
+
+Recipe = Literal["fp32", "bf16", "fp8-delayed", "fp8-tensorwise", "fp8-blockwise", "mxfp8"]
+
+
+@dataclass(kw_only=True)
+class PrecisionConfig:
+    """Numbers of the weights, activations and products; the optimizer's master weights are always float32."""
+
+    recipe: Recipe = "fp32"
+    """float32, bfloat16, or bfloat16 with the layers' matrix products in FP8: one scale a tensor, from past or present values
+    (fp8-delayed, fp8-tensorwise), one a block of 128 (fp8-blockwise), or one a block of 32 (mxfp8, Blackwell)."""
+    emulation: bool = False
+    """Round the operands of an FP8 recipe in torch instead of running FP8 kernels: its numbers without its speed, on any device."""
+    fp8_parameters: bool = False
+    """Keep the weights of FP8 layers in FP8 and gather them so between data-parallel ranks (needs distributed_optimizer)."""
+    bf16_first_layers: int = 1
+    """Layers at the start that stay in bfloat16 under an FP8 recipe."""
+    bf16_last_layers: int = 1
+    """Layers at the end that stay in bfloat16 under an FP8 recipe. The embedding and the head always do."""
+    amax_history_length: int = 1024
+    """fp8-delayed: steps whose largest values decide the scale."""
+
+    def __post_init__(self) -> None:
+        _require_positive("precision", amax_history_length=self.amax_history_length)
+        for name in ("bf16_first_layers", "bf16_last_layers"):
+            require(getattr(self, name) >= 0, f"precision.{name} is {getattr(self, name)}: it must not be negative")
+        for name in ("emulation", "fp8_parameters"):
+            require(
+                self.is_fp8 or not getattr(self, name),
+                f"precision.{name} is true with precision.recipe {self.recipe}: only FP8 recipes have it",
+            )
+        require(
+            not (self.emulation and self.fp8_parameters),
+            "precision.fp8_parameters is true with precision.emulation: the emulation keeps weights in bfloat16",
+        )
+
+    @property
+    def is_fp8(self) -> bool:
+        """The layers' products are in FP8, by kernels or emulated."""
+        return self.recipe not in ("fp32", "bf16")
+
+    @property
+    def label(self) -> str:
+        """For people: an emulated recipe is never called by the name of the kernels alone."""
+        return f"{self.recipe} (emulation)" if self.emulation else self.recipe
 
 
 @dataclass(kw_only=True)
@@ -253,15 +310,15 @@ class OptimizerConfig:
         _require_positive("optimizer", learning_rate=self.learning_rate, epsilon=self.epsilon)
         for name in ("min_learning_rate", "warmup_steps", "decay_steps", "weight_decay", "clip_grad_norm"):
             value = getattr(self, name)
-            _require(0 <= value < math.inf, f"optimizer.{name} is {value}: it must be finite and not negative")
+            require(0 <= value < math.inf, f"optimizer.{name} is {value}: it must be finite and not negative")
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
-            _require(0 <= beta < 1, f"optimizer.{name} is {beta}: it must be at least 0 and below 1")
-        _require(math.isfinite(self.learning_rate), f"optimizer.learning_rate is {self.learning_rate}: it must be finite")
-        _require(
+            require(0 <= beta < 1, f"optimizer.{name} is {beta}: it must be at least 0 and below 1")
+        require(math.isfinite(self.learning_rate), f"optimizer.learning_rate is {self.learning_rate}: it must be finite")
+        require(
             self.schedule == "wsd" or self.decay_steps == 0,
             f"optimizer.decay_steps is {self.decay_steps} with schedule {self.schedule}: only wsd has a decay length",
         )
-        _require(
+        require(
             self.min_learning_rate <= self.learning_rate,
             f"optimizer.min_learning_rate {self.min_learning_rate} is above optimizer.learning_rate {self.learning_rate}",
         )
@@ -277,8 +334,8 @@ class TrainingConfig:
     """Samples in one forward pass of one data-parallel rank."""
     global_batch_size: int = 8
     """Samples in one optimizer step."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Numbers of the weights and activations; the optimizer's master weights are always float32."""
+    recompute: Literal["none", "attention", "full"] = "none"
+    """What the backward pass computes again instead of keeping it: nothing, the core attention, or whole layers."""
     backend: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layers: torch modules, Transformer Engine modules, or what this machine has."""
     stop_at_step: int | None = None
@@ -295,9 +352,9 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         sizes = ("micro_batch_size", "global_batch_size", "stop_at_step", "log_interval")
         _require_positive("training", **{name: getattr(self, name) for name in sizes}, timeout_minutes=self.timeout_minutes)
-        _require(self.max_skipped_steps >= 0, f"training.max_skipped_steps is {self.max_skipped_steps}: it must not be negative")
-        _require(0 <= self.seed < 2**63, f"training.seed is {self.seed}: it must lie between 0 and 2^63 - 1")
-        _require(
+        require(self.max_skipped_steps >= 0, f"training.max_skipped_steps is {self.max_skipped_steps}: it must not be negative")
+        require(0 <= self.seed < 2**63, f"training.seed is {self.seed}: it must lie between 0 and 2^63 - 1")
+        require(
             self.global_batch_size % self.micro_batch_size == 0,
             f"training.global_batch_size {self.global_batch_size} is not a multiple of "
             f"training.micro_batch_size {self.micro_batch_size}",
@@ -316,9 +373,9 @@ class ValidationConfig:
     """Ratio of the comparison MLM; null takes the ratio at the end of the plan's last masked phase (0.4 if there is none)."""
 
     def __post_init__(self) -> None:
-        _require(self.interval >= 0, f"validation.interval is {self.interval}: it must not be negative")
+        require(self.interval >= 0, f"validation.interval is {self.interval}: it must not be negative")
         _require_positive("validation", samples=self.samples)
-        _require(
+        require(
             self.mask_ratio is None or 0 < self.mask_ratio < 1,
             f"validation.mask_ratio is {self.mask_ratio}: it must lie between 0 and 1, both excluded",
         )
@@ -342,9 +399,9 @@ class CheckpointConfig:
     """Saves in a row that may fail, for instance on a full disk, before the run stops; the last one of a run must not fail."""
 
     def __post_init__(self) -> None:
-        _require(self.interval >= 0, f"checkpoint.interval is {self.interval}: it must not be negative")
+        require(self.interval >= 0, f"checkpoint.interval is {self.interval}: it must not be negative")
         for name in ("keep_last", "keep_every", "max_failures"):
-            _require(getattr(self, name) >= 0, f"checkpoint.{name} is {getattr(self, name)}: it must not be negative")
+            require(getattr(self, name) >= 0, f"checkpoint.{name} is {getattr(self, name)}: it must not be negative")
         for step in self.branch_points:
             _require_positive("checkpoint", branch_points=step)
 
@@ -378,6 +435,8 @@ class RunConfig:
     """Model shape."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Parallel layout."""
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    """Numbers of weights, activations and products."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and learning-rate schedule."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -394,7 +453,11 @@ class RunConfig:
     """Fields that may differ from the checkpoint's although they change the data, the masks, the model or the schedule."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.phases), "phases is empty: the plan needs at least one phase")
+        require(bool(self.phases), "phases is empty: the plan needs at least one phase")
+        require(
+            not self.precision.fp8_parameters or self.parallel.distributed_optimizer,
+            "precision.fp8_parameters is true: it needs parallel.distributed_optimizer to be true as well",
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """The whole tree as plain dictionaries, lists and numbers (what the checkpoint stores)."""
@@ -403,98 +466,3 @@ class RunConfig:
     def public_dict(self) -> dict[str, Any]:
         """The same without secrets: what is shown, and what is stored for others to read."""
         return redact(self.as_dict())
-
-
-def build_parser() -> CommandLine:
-    """The command line of `pretrain_encoder.py`: `--config FILE.yaml` and `--section.field value` for every field."""
-    parser = CommandLine(
-        prog="pretrain_encoder.py",
-        usage="%(prog)s --config FILE.yaml [--section.field VALUE ...] [--print-config]",
-        description="Pretrain one encoder through a plan of CLM / MLM / MNTP phases.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--config",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="YAML file with the tree below; the other arguments override it.",
-    )
-    parser.add_argument("--print-config", action="store_true", help="Show the resolved configuration and stop.")
-    for place, _, text in _fields(RunConfig, ()):
-        parser.add_argument(f"--{spell(place)}", metavar="VALUE", default=argparse.SUPPRESS, help=text.replace("%", "%%"))
-    return parser
-
-
-def _fields(kind: type, place: Place) -> Iterator[tuple[Place, Any, str]]:
-    """(place, type, help) of each field that is not itself a section."""
-    texts = _field_docstrings(kind)
-    for f in dataclasses.fields(kind):
-        hint = type_hints(kind)[f.name]
-        if dataclasses.is_dataclass(hint):
-            yield from _fields(hint, (*place, f.name))
-            continue
-        spelled = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace(f"{__name__}.", "")
-        default = "required" if f.default is f.default_factory is dataclasses.MISSING else f"default: {_default(f)}"
-        yield (*place, f.name), hint, f"{texts.get(f.name, '')} ({spelled}; {default})"
-
-
-def _default(f: dataclasses.Field) -> str:
-    value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-    return str(value) if isinstance(value, list) else show(value)
-
-
-@functools.cache  # finding the source takes longer than all the rest
-def _field_docstrings(kind: type) -> dict[str, str]:
-    """Field name -> the string that stands under the field in the source."""
-    body = ast.parse(inspect.getsource(kind)).body[0].body
-    return {
-        above.target.id: text.value.value
-        for above, text in zip(body, body[1:], strict=False)
-        if isinstance(above, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-    }
-
-
-def load_config(arguments: Sequence[str]) -> tuple[RunConfig, bool]:
-    """Read a configuration from command-line arguments.
-
-    Args:
-        arguments: the words after the program's name.
-
-    Returns:
-        The configuration, and whether `--print-config` was given.
-
-    Raises:
-        UserError: for a missing file, an unknown key, a wrong type or an impossible value, naming it.
-    """
-    parser = build_parser()
-    given, unknown = parser.parse_known_args(list(arguments))
-    if unknown:
-        raise UserError(f"unknown argument {unknown[0]}{nearest(unknown[0].partition('=')[0], parser.options())} (see --help)")
-    tree = Tree()
-    for path in given.config:
-        part = read_file(path, f"--config {path}")
-        for key, value in part.values.items():
-            tree.put((key,), value, part.origins)
-    for place, kind, _ in _fields(RunConfig, ()):
-        name = spell(place)
-        if name in given:
-            tree.put(place, *read_word(getattr(given, name), kind, f"--{name}", place))
-    config = build(RunConfig, tree)
-    _require(  # not in TrackingConfig: a checkpoint stores the redacted address and is read back
-        not is_redacted(config.tracking.uri or ""),
-        f"tracking.uri is {config.tracking.uri}: its user name and password were taken out when it was stored or shown; give the "
-        "address alone, and these in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
-    )
-    return config, given.print_config
-
-
-def from_dict(tree: dict[str, Any]) -> RunConfig:
-    """Rebuild the configuration that a checkpoint stores (the inverse of `RunConfig.as_dict`).
-
-    Raises:
-        UserError: the tree holds a key or value that this version does not know.
-    """
-    if not isinstance(tree, dict):
-        raise UserError(f"the configuration is {show(tree)}: it must be a mapping")
-    return build(RunConfig, Tree(tree))

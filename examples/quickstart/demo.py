@@ -113,7 +113,7 @@ def unigram_baseline(checkpoint: Path) -> float:
     """
     import numpy as np
 
-    from megatron_ext.config import from_dict
+    from megatron_ext.config_reading import from_dict
     from megatron_ext.train.preflight import prepare
     from megatron_ext.train.validation import comparison_task, validation_batches, validation_builder
 

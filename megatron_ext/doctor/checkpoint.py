@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ext.checkpoint_files import RUN_FILE, find_damage, read_run_file, step_of
-from megatron_ext.config import RunConfig, from_dict
+from megatron_ext.config import RunConfig
+from megatron_ext.config_reading import from_dict
 from megatron_ext.doctor.optimizer_steps import check_optimizer_steps
 from megatron_ext.doctor.report import Report
 from megatron_ext.errors import UserError
@@ -241,7 +242,7 @@ def _optimizer_shapes(reader: "CheckpointReader", shapes: dict[str, Any], config
 
     prefixes = list(MOMENTS)
     stored = [prefix for prefix in MASTER_PREFIXES if any(key.startswith(prefix) for key in reader.optimizer_tensors)]
-    needs_masters = config.training.precision == "bf16"
+    needs_masters = config.precision.recipe != "fp32"
     prefixes += stored or ([MASTER_PREFIXES[0]] if needs_masters else [])
     return {prefix + key: shape for prefix in prefixes for key, shape in shapes.items()}
 

@@ -84,7 +84,7 @@ def check_data(question: DataQuestion) -> Report:
 
 def _load(question: DataQuestion) -> RunConfig | None:
     """The run's configuration with the question's changes; what training checks beyond the data is set aside."""
-    from megatron_ext.config import load_config
+    from megatron_ext.config_reading import load_config
 
     if question.config is None:
         if not question.prefix:

@@ -97,6 +97,13 @@ def _origin(record: RunRecord) -> str:
     return f"Trained further with megatron_ext from {imported.get('folder')}, and exported after step {record.step:,}."
 
 
+def _precision(config: dict[str, Any]) -> str | None:
+    """The recipe; that an emulated one was emulated is always said. Earlier versions kept it under `training`."""
+    precision = config.get("precision", {})
+    recipe = precision.get("recipe") or config.get("training", {}).get("precision")
+    return f"{recipe} (emulation)" if precision.get("emulation") else recipe
+
+
 def _training(tree: dict[str, Any]) -> dict[str, Any]:
     config = tree["config"]
     chosen = {
@@ -108,7 +115,7 @@ def _training(tree: dict[str, Any]) -> dict[str, Any]:
         "FLOPs": f"{tree['flops']:.4g}" if tree.get("flops") is not None else None,
         "sequence length": config.get("data", {}).get("sequence_length"),
         "global batch size": config.get("training", {}).get("global_batch_size"),
-        "precision": config.get("training", {}).get("precision"),
+        "precision": _precision(config),
         "seed": config.get("training", {}).get("seed"),
         "parallel layout": tree.get("parallel"),
         "tokenizer SHA-256": tree["tokenizer"]["fingerprint"],

@@ -5,7 +5,8 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_ext.config import RunConfig, from_dict
+from megatron_ext.config import PrecisionConfig, RunConfig
+from megatron_ext.config_reading import from_dict
 from megatron_ext.errors import UserError
 from megatron_ext.model.presets import STORED, EncoderConfig
 from megatron_ext.objective import PhasePlan
@@ -23,15 +24,13 @@ GUARDED = {
     "data.restart_positions": "the position of each token",
     "training.seed": "data order and masks",
     "training.global_batch_size": "which samples a step consumes",
-    "training.precision": "the numbers that the model computes with",
+    **{f"precision.{name}": "the numbers that the model computes with" for name in vars(PrecisionConfig())},
     "validation.mask_ratio": "the loss that phases are compared by",
     "optimizer": "the learning rate of the steps already run",
 }
 """What a difference would change silently, by field. Refused unless `resume_changes` names the field."""
 
 MIXTURE_FIELD = "training.micro_batch_size"
-PRECISION = "training.precision"
-"""Decides, like the shapes, what is stored."""
 UNTOLD = re.compile(
     r"(output_dir|resume|resume_changes|phases|model|optimizer|data\.(train|validation|split|tokenizer)|validation\.mask_ratio)(\..*)?"
 )
@@ -90,12 +89,17 @@ def find_changes(setup: RunSetup, record: dict[str, Any]) -> list[Change]:
     mixes = any(len(phase.weights) > 1 for phase in setup.plan.phases)
     effects = {**GUARDED, **({MIXTURE_FIELD: "which objective a sample is under"} if mixes else {})}
     plain = [
-        Change(name, before.get(name), now.get(name), effects.get(name, ""), name == PRECISION)
+        Change(name, before.get(name), now.get(name), effects.get(name, ""), _changes_storage(name, before, now))
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name) and not UNTOLD.fullmatch(name)
     ]
     resolved = [*_model(setup, record), *_data(setup, record, old), *_phases(setup, record, old), *_ratio(setup, record)]
     return [*resolved, *plain]
+
+
+def _changes_storage(name: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """float32 and bfloat16 are stored differently, as shapes are; an FP8 recipe may be changed during a run."""
+    return name == "precision.recipe" and "fp32" in (before.get(name), now.get(name))
 
 
 def as_records(changes: list[Change], step: int) -> list[dict[str, Any]]:
@@ -159,7 +163,7 @@ def _ratio(setup: RunSetup, record: dict[str, Any]) -> list[Change]:
 
 def _check_names(names: set[str], setup: RunSetup) -> None:
     model = {f"model.{name}" for name in vars(setup.encoder) if name not in STORED}
-    known = {*(GUARDED.keys() - {PRECISION}), MIXTURE_FIELD, *model, *(f"phases.{phase.index}" for phase in setup.plan.phases)}
+    known = {*GUARDED, MIXTURE_FIELD, *model, *(f"phases.{phase.index}" for phase in setup.plan.phases)}
     for name in sorted(names - known):
         raise UserError(f"resume_changes names '{name}': allowed are {', '.join(sorted(known))}")
 

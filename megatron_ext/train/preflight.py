@@ -54,7 +54,7 @@ class RunSetup:
     @property
     def dtype(self) -> torch.dtype:
         """Numbers of weights and activations."""
-        return torch.bfloat16 if self.config.training.precision == "bf16" else torch.float32
+        return torch.float32 if self.config.precision.recipe == "fp32" else torch.bfloat16
 
 
 def prepare(config: RunConfig, world_size: int) -> RunSetup:
@@ -73,6 +73,7 @@ def prepare(config: RunConfig, world_size: int) -> RunSetup:
             f"{encoder.max_position_embeddings}: raise the latter or shorten the samples"
         )
     layout = _check_layout(config, encoder, world_size)
+    _check_unfinished(config)
     plan = PhasePlan.from_config(config)
     _check_schedule(config, plan)
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -96,6 +97,22 @@ def prepare(config: RunConfig, world_size: int) -> RunSetup:
         data_record=data_record,
         start=find_start(config, tokenizer),
     )
+
+
+def _check_unfinished(config: RunConfig) -> None:
+    if config.precision.is_fp8:
+        raise UserError(f"precision.recipe is {config.precision.recipe}: this version trains in fp32 and bf16 only")
+    if config.parallel.context > 1:
+        raise UserError(f"parallel.context is {config.parallel.context}: this version has no context parallelism")
+    unfinished = [
+        name
+        for name in ("gradient_reduce", "parameter_gather", "tensor_communication")
+        if getattr(config.parallel, f"overlap_{name}")
+    ]
+    if unfinished:
+        raise UserError(f"parallel.overlap_{unfinished[0]} is true: this version overlaps nothing")
+    if config.training.recompute != "none":
+        raise UserError(f"training.recompute is {config.training.recompute}: this version recomputes nothing")
 
 
 def _check_layout(config: RunConfig, encoder: EncoderConfig, world_size: int) -> Layout:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_ext.checkpoint_files import read_run_file, seal
-from megatron_ext.config import from_dict
+from megatron_ext.config_reading import from_dict
 from megatron_ext.data.corpus import preprocess
 from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.doctor.checkpoint import check_checkpoint
@@ -149,7 +149,8 @@ def test_each_phase_leaves_as_its_own_class(run: Run, tmp_path: Path) -> None:
 
 def test_bf16_begins_with_the_weights_and_their_master_copies(imported: Path, prefix: Path, tmp_path: Path) -> None:
     tree = config_tree(imported, prefix, tmp_path / "run", optimizer={"learning_rate": 1e-30, "weight_decay": 0.0})
-    tree["training"] = {**tree["training"], "stop_at_step": 1, "precision": "bf16"}
+    tree["training"] = {**tree["training"], "stop_at_step": 1}
+    tree["precision"] = {"recipe": "bf16"}
     run_on_ranks(run_training, 1, [tree])
     before, after = CheckpointReader(imported), CheckpointReader(tmp_path / "run/checkpoints/step_00000001")
     for key in before.tensors:

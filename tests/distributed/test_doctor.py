@@ -98,7 +98,7 @@ def test_layouts_that_cannot_be_are_refused() -> None:
 
 
 def train_all(trees: list[dict[str, Any]]) -> None:
-    from megatron_ext.config import from_dict
+    from megatron_ext.config_reading import from_dict
     from megatron_ext.train.trainer import train
 
     for tree in trees:
@@ -111,7 +111,7 @@ def runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     phases = [{"objective": "clm", "steps": 1}, {"objective": "mlm", "steps": 2, "optimizer_state": "reset"}]
     short = {"phases": phases, "validation": {"interval": 0}, "optimizer": {"warmup_steps": 1}}
-    other = {"training": {"precision": "bf16"}, "model": {"preset": "nano", "tie_embeddings": True}}
+    other = {"precision": {"recipe": "bf16"}, "model": {"preset": "nano", "tie_embeddings": True}}
     trees = [
         config_tree(corpus, folder / "plain", {}, **short),
         config_tree(corpus, folder / "other", {"distributed_optimizer": True}, **short, **other),
@@ -248,7 +248,7 @@ def test_skipped_steps_are_not_counted_by_adamw(checkpoint: Path, skipped: int, 
 
 
 def test_a_branch_leaves_a_checkpoint_whole(checkpoint: Path, corpus: Corpus, tmp_path: Path) -> None:
-    from megatron_ext.config import from_dict
+    from megatron_ext.config_reading import from_dict
     from megatron_ext.train.retention import note_branch
 
     note_branch(checkpoint, from_dict(config_tree(corpus, tmp_path / "branch", {})))

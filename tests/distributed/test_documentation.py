@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_ext.config import from_dict, load_config
+from megatron_ext.config_reading import from_dict, load_config
 from megatron_ext.objective import PhasePlan
 from tests.conftest import write_text
 

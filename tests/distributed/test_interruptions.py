@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.config import from_dict
+from megatron_ext.config_reading import from_dict
 from megatron_ext.runtime.launch import run_on_ranks
 from megatron_ext.train.stopping import EXIT_STOPPED
 from tests.conftest import Corpus
@@ -147,12 +147,12 @@ def test_all_changes_are_listed_and_shapes_cannot_be_overridden(
     capfd: pytest.CaptureFixture,
 ) -> None:
     start = str(one_rank["whole"].checkpoint(4))
-    tree = config_tree(corpus, tmp_path / "run", {}, resume=start, training={"seed": 5, "precision": "bf16"})
+    tree = config_tree(corpus, tmp_path / "run", {}, resume=start, training={"seed": 5}, precision={"recipe": "bf16"})
     tree["model"] = {"preset": "nano", "num_layers": 3}
     tree["resume_changes"] = ["training.seed"]
     assert "model.num_layers" in refused(capfd, tree)
     tree["resume_changes"] = []
-    assert all(name in refused(capfd, tree) for name in ("model.num_layers", "training.seed", "training.precision"))
+    assert all(name in refused(capfd, tree) for name in ("model.num_layers", "training.seed", "precision.recipe"))
     tree["resume_changes"] = ["training.sed"]
     assert "resume_changes names 'training.sed'" in refused(capfd, tree)
 

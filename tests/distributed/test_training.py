@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.config import from_dict
+from megatron_ext.config_reading import from_dict
 from megatron_ext.runtime.launch import run_on_ranks
 from tests.conftest import Corpus
 
@@ -196,14 +196,14 @@ def test_bf16_resumes_exactly_and_moves_between_optimizers(corpus: Corpus, tmp_p
     distributed = {"distributed_optimizer": True}
     start = {name: str(tmp_path / f"{name}/checkpoints/step_{SAVED:08d}") for name in ("plain", "distributed")}
     trees = [
-        config_tree(corpus, tmp_path / "plain", {}, training={"precision": "bf16"}),
-        config_tree(corpus, tmp_path / "distributed", distributed, training={"precision": "bf16"}),
-        config_tree(corpus, tmp_path / "plain_resumed", {}, training={"precision": "bf16"}, resume=start["plain"]),
-        config_tree(corpus, tmp_path / "plain_moved", distributed, training={"precision": "bf16"}, resume=start["plain"]),
+        config_tree(corpus, tmp_path / "plain", {}, precision={"recipe": "bf16"}),
+        config_tree(corpus, tmp_path / "distributed", distributed, precision={"recipe": "bf16"}),
+        config_tree(corpus, tmp_path / "plain_resumed", {}, precision={"recipe": "bf16"}, resume=start["plain"]),
+        config_tree(corpus, tmp_path / "plain_moved", distributed, precision={"recipe": "bf16"}, resume=start["plain"]),
         config_tree(
-            corpus, tmp_path / "distributed_resumed", distributed, training={"precision": "bf16"}, resume=start["distributed"]
+            corpus, tmp_path / "distributed_resumed", distributed, precision={"recipe": "bf16"}, resume=start["distributed"]
         ),
-        config_tree(corpus, tmp_path / "distributed_moved", {}, training={"precision": "bf16"}, resume=start["distributed"]),
+        config_tree(corpus, tmp_path / "distributed_moved", {}, precision={"recipe": "bf16"}, resume=start["distributed"]),
     ]
     run_on_ranks(run_training, 2, trees)
     runs = {Path(tree["output_dir"]).name: Run(Path(tree["output_dir"]), []) for tree in trees}

@@ -15,7 +15,8 @@ from megatron_ext.checkpoint_files import (
     published_checkpoints,
     seal,
 )
-from megatron_ext.config import CheckpointConfig, from_dict
+from megatron_ext.config import CheckpointConfig
+from megatron_ext.config_reading import from_dict
 from megatron_ext.errors import UnreadableError
 from megatron_ext.objective import PhasePlan
 from megatron_ext.train.retention import BRANCHES, remove_old_checkpoints

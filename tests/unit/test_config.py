@@ -20,9 +20,8 @@ from megatron_ext.config import (
     PhaseConfig,
     RunConfig,
     TrainingConfig,
-    from_dict,
-    load_config,
 )
+from megatron_ext.config_reading import from_dict, load_config
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.topology import check_layout
 
@@ -193,6 +192,13 @@ def test_stored_configuration_is_read_back(tmp_path: Path) -> None:
     assert load_config(written(tmp_path, config.as_dict()))[0] == config
     other = from_dict(edited(put("phases.0.steps", 31), config.as_dict()))
     assert other != config
+
+
+def test_precision_of_earlier_versions_is_read() -> None:
+    stored = {**TREE, "training": {"seed": 7, "precision": "bf16"}}
+    config = from_dict(stored)
+    assert (config.precision.recipe, config.training.seed) == ("bf16", 7)
+    assert stored["training"] == {"seed": 7, "precision": "bf16"}
 
 
 def test_reading_a_stored_configuration_leaves_it_alone(tmp_path: Path) -> None:

@@ -358,7 +358,7 @@ def run_config(corpus: Corpus, own_copy: str, tmp_path: Path) -> Path:
 
 def test_samples_are_those_that_training_gets(run_config: Path) -> None:
     """Against the training loader's own rows, in every phase and beyond the first epoch."""
-    from megatron_ext.config import load_config
+    from megatron_ext.config_reading import load_config
     from megatron_ext.data.loader import BatchBuilder, TrainingLoader
     from megatron_ext.train.preflight import prepare
 

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from megatron_ext.checkpoint_files import read_run_file
-from megatron_ext.config import from_dict, load_config
+from megatron_ext.config_reading import from_dict, load_config
 from megatron_ext.data import demo_corpora
 from megatron_ext.data.demo_corpora import read_members
 from megatron_ext.data.tokenizer import load_tokenizer

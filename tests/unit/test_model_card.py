@@ -29,7 +29,7 @@ TREE = {
     "data": DATA,
     "mlflow_run_id": "run-of-this",
     "tokenizer": {"path": "tokenizer", "fingerprint": "7" * 64},
-    "config": {"data": {"sequence_length": 128}, "training": {"precision": "bf16"}},
+    "config": {"data": {"sequence_length": 128}, "precision": {"recipe": "bf16"}},
     "created": "2026-02-02T00:00:00+00:00",
 }
 IMPORTED = {

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.checkpoint_files import read_run_file
-from megatron_ext.config import from_dict
+from megatron_ext.config_reading import from_dict
 from megatron_ext.doctor.checkpoint import check_checkpoint
 from megatron_ext.doctor.report import Report
 from megatron_ext.doctor.text import Painter, render

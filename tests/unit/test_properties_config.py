@@ -9,7 +9,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ext.config import RunConfig, from_dict, load_config
+from megatron_ext.config import RunConfig
+from megatron_ext.config_reading import from_dict, load_config
 from megatron_ext.errors import UserError
 from megatron_ext.objective import PhasePlan
 from megatron_ext.train.show import config_as_yaml

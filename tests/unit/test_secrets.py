@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_ext.config import DataConfig, DataSource, PhaseConfig, RunConfig, TrackingConfig, from_dict, load_config
+from megatron_ext.config import DataConfig, DataSource, PhaseConfig, RunConfig, TrackingConfig
+from megatron_ext.config_reading import from_dict, load_config
 from megatron_ext.errors import UserError
 from megatron_ext.secrets import has_user_info, is_redacted, redact, without_user_info
 from megatron_ext.train.show import print_config
