@@ -25,6 +25,7 @@ class Layout:
     data: int
     sequence_parallel: bool
     distributed_optimizer: bool
+    context: int = 1
 
     def __str__(self) -> str:
         interleaved = f" x{self.virtual_pipeline} chunks" if self.virtual_pipeline > 1 else ""
