@@ -7,7 +7,6 @@ Exit code 0: done; 2: the command line, or the run that it describes, is refused
 
 import argparse
 import json
-import sys
 
 from megatron_ext.config_reading import load_config
 from megatron_ext.errors import CommandLine, UserError, run_command
@@ -16,13 +15,13 @@ from megatron_ext.errors import CommandLine, UserError, run_command
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandLine)
     _add_dry_run(commands)
     return parser
 
 
 def _add_dry_run(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
+    command = commands.add_parser(
         "dry-run",
         allow_abbrev=False,
         help="build single ranks of a large run in one process, and count what they hold, send and write",
@@ -30,25 +29,24 @@ def _add_dry_run(commands: argparse._SubParsersAction) -> None:
         "write. What the run itself would refuse about its sizes is refused here in the same words. Needs no data and no GPU. "
         "All other arguments are those of pretrain_encoder.py, e.g. --parallel.tensor 8.",
     )
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="the run's YAML")
-    parser.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks of the run")
-    parser.add_argument(
+    command.add_argument("--config", action="append", default=[], metavar="FILE", help="the run's YAML")
+    command.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks of the run")
+    command.add_argument(
         "--rank", default="all-distinct", metavar="R", help="a rank, or all-distinct: the first of each pipeline stage (default)"
     )
-    parser.add_argument(
+    command.add_argument(
         "--vocab-size", type=int, metavar="N", help="default: that of data.tokenizer, whose files must be here then"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
-    parser.set_defaults(run=run_dry_run)
+    command.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
 
 
-def main() -> int:
-    """Run the command."""
+def main() -> None:
+    """Run a command."""
     arguments, overrides = build_parser().parse_known_args()
-    return arguments.run(arguments, overrides)
+    {"dry-run": dry_run}[arguments.command](arguments, overrides)
 
 
-def run_dry_run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+def dry_run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """Build the ranks that are asked for and show them."""
     if arguments.world_size < 1:
         raise UserError(f"--world-size is {arguments.world_size}: it must be greater than 0")
@@ -61,16 +59,14 @@ def run_dry_run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from megatron_ext.runtime.capabilities import check_apex
 
     check_apex()
-    from megatron_ext.plan.dry_run import dry_run
+    from megatron_ext.plan import dry_run as planned
     from megatron_ext.plan.dry_run_text import as_dict, render
 
-    result = dry_run(config, arguments.world_size, ranks, arguments.vocab_size)
+    result = planned.dry_run(config, arguments.world_size, ranks, arguments.vocab_size)
     if arguments.json:
-        json.dump(as_dict(result), sys.stdout, indent=1)
-        print()
+        print(json.dumps(as_dict(result), indent=1))
     else:
         print("\n".join(render(result)))
-    return 0
 
 
 if __name__ == "__main__":
