@@ -196,7 +196,8 @@ def _attention_bytes(encoder: EncoderConfig, layout: Layout, recompute: str, row
     if encoder.qk_norm:
         statistics += FLOAT32 * row.tokens * (heads + groups)
         if not on_cpu or (row.element == FLOAT32 and heads > groups):
-            numbers += queries + 2 * keys  # the input of the norms, a view of queries, keys and values in one
+            # The norms' input: a view of queries, keys and values in one; grouped queries are copied out of it.
+            numbers += queries * (2 if heads > groups else 1) + 2 * keys
         if on_cpu:  # normed once more in float32, and the input copied to it
             statistics += FLOAT32 * (queries + keys) * (1 if row.element == FLOAT32 else 2)
     return numbers * row.element + (queries if in_fp8 else 0) + statistics
