@@ -1,7 +1,9 @@
 """Whole runs with real processes: resumes are exact, layouts agree, phases switch at their edges on every rank."""
 
 import json
+import runpy
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,24 +225,19 @@ def test_stop_and_auto_resume_continue_the_same_run(corpus: Corpus, one_rank: di
     assert leftovers == []
 
 
-def test_checkpoint_of_any_layout_exports_and_verifies(other_layout: dict[str, Run], tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
+def test_checkpoint_of_any_layout_exports_and_verifies(
+    other_layout: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     for step, architecture in ((EDGE, "LlamaForCausalLM"), (TOTAL, "EuroBertForMaskedLM")):
         checkpoint = tmp_path / f"step_{step}"
         shutil.copytree(other_layout["whole"].checkpoint(step), checkpoint)
-        command = [
-            sys.executable,
-            "tools/convert_checkpoint.py",
-            "export",
-            str(checkpoint),
-            str(tmp_path / f"hf_{step}"),
-            "--verify",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        assert architecture in done.stdout
+        arguments = ["export", str(checkpoint), str(tmp_path / f"hf_{step}"), "--verify"]
+        monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *arguments])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path("tools/convert_checkpoint.py", run_name="__main__")
+        printed = capsys.readouterr()
+        assert end.value.code == 0, printed.err
+        assert architecture in printed.out
 
 
 def refused(capfd: pytest.CaptureFixture, tree: dict[str, Any]) -> str:
