@@ -465,8 +465,7 @@ class RunConfig:
         precision, backend = self.precision, self.training.backend
         require(
             not precision.emulation or backend != "transformer_engine",
-            "precision.emulation is true with training.backend transformer_engine: torch layers are what is emulated in; use auto or "
-            "local",
+            "precision.emulation is true with training.backend transformer_engine: it replaces the torch layers; use auto or local",
         )
         require(
             not precision.is_fp8 or precision.emulation or backend != "local",

@@ -46,7 +46,8 @@ def largest_number(dtype: torch.dtype) -> float:
 
 def tensor_scale(amax: Tensor, largest: float) -> Tensor:
     """Scales that bring the largest values to the format's largest number; 1 where there is nothing to bring, or no bringing it."""
-    scale = (largest / amax).clamp(max=torch.finfo(torch.float32).max)
+    # Not `largest / amax`, which torch computes as a product with the reciprocal: one rounding more.
+    scale = (torch.full_like(amax, largest) / amax).clamp(max=torch.finfo(torch.float32).max)
     return torch.where((amax == 0) | amax.isinf(), 1.0, scale)
 
 

@@ -126,7 +126,8 @@ def small_width_warning(precision: PrecisionConfig, hidden_size: int) -> str | N
         return None
     return (
         f"precision.recipe is {precision.recipe} with a hidden size of {hidden_size:,}: FP8 gains little at small width "
-        "(published: 1.05x over bf16 at 1,280, 1.33x at 2,560), and less the longer the sequences are; compare with bf16 before a long run"
+        "(published: 1.05x over bf16 at 1,280, 1.33x at 2,560), and less the longer the sequences are; compare with bf16 before a "
+        "long run"
     )
 
 
