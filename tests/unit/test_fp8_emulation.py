@@ -230,7 +230,10 @@ def test_first_and_last_layers_and_the_head_stay_in_bf16(one_rank: Any) -> None:
 
 
 def train_steps(tensor: int, sequence: bool, recipe: str) -> dict[str, np.ndarray]:
-    """Three steps of a small model in float32: losses, gradient norms and histories. The weights hardly move: Adam would make much of little."""
+    """Three steps of a small model in float32: losses, gradient norms and histories.
+
+    The weights hardly move: Adam would make much of a small difference between layouts.
+    """
     from megatron.core import parallel_state
 
     from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainingConfig
