@@ -2,9 +2,9 @@
 
     python -m benchmarks.fp8_study --output-dir build/fp8_study
 
-The same data, masks, initial weights and steps each time; only the numbers differ. A last run in bfloat16 with other weights, data order
-and masks shows how far two runs lie apart that differ in nothing that matters. All layers are in FP8, none is left in bfloat16.
-Runs that are complete are not run again.
+The same data, masks, initial weights and steps each time; only the numbers differ. A last run in bfloat16 with other weights,
+data order and masks shows how far two runs lie apart that differ in nothing that matters. All layers are in FP8, none is left in
+bfloat16. Runs that are complete are not run again.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from typing import Any
 from megatron_ext.train.line_file import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
+CONFIG = "examples/quickstart/biphasic.yaml"
 CORPORA = ("boolq_passages", "shakespeare")
 VOCAB_SIZE = 8192
 REFERENCE, OTHER_SEED = "bf16", "bf16, other seed"
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=64, help="tokens in a sample")
     parser.add_argument("--batch", type=int, default=8, help="samples in a step")
     arguments = parser.parse_args()
+    arguments.output_dir = arguments.output_dir.resolve()
     prepare_data(Path("build/demo"))
     runs = {name: train(name, arguments) for name in ("fp32", REFERENCE, *FP8, OTHER_SEED)}
     results = {"arguments": vars(arguments), "versions": versions(), "runs": runs}
@@ -86,15 +88,7 @@ def train(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     folder = arguments.output_dir / name.replace(", ", "-").replace(" ", "-")
     total = arguments.clm_steps + arguments.mlm_steps
     if not (folder / f"checkpoints/step_{total:08d}/run.json").is_file():
-        run(
-            [
-                sys.executable,
-                "pretrain_encoder.py",
-                "--config",
-                "examples/quickstart/biphasic.yaml",
-                *options(name, folder, arguments),
-            ]
-        )
+        run([sys.executable, "pretrain_encoder.py", "--config", CONFIG, *options(name, folder, arguments)])
     lines = read_metrics(folder)
     training = {line["step"]: line["loss"] for line in lines if "loss" in line}
     return {
@@ -113,6 +107,7 @@ def options(name: str, folder: Path, arguments: argparse.Namespace) -> list[str]
         {"objective": "clm", "steps": arguments.clm_steps},
         {"objective": "mlm", "steps": arguments.mlm_steps, "masking": {"ratio": 0.3}},
     ]
+    emulated = {"emulation": "true", "bf16_first_layers": 0, "bf16_last_layers": 0} if name in FP8 else {}
     values = {
         "output_dir": folder,
         "data.sequence_length": arguments.sequence_length,
@@ -124,14 +119,11 @@ def options(name: str, folder: Path, arguments: argparse.Namespace) -> list[str]
         "training.log_interval": 1,
         "training.seed": 1 if name == OTHER_SEED else 0,
         "validation.interval": arguments.clm_steps // 2,
+        "validation.samples": 64,
         "checkpoint.interval": 0,
         "tracking.mlflow": "false",
         "precision.recipe": "bf16" if name == OTHER_SEED else name,
-        **(
-            {"precision.emulation": "true", "precision.bf16_first_layers": 0, "precision.bf16_last_layers": 0}
-            if name in FP8
-            else {}
-        ),
+        **{f"precision.{key}": value for key, value in emulated.items()},
     }
     return [word for key, value in values.items() for word in (f"--{key}", str(value))]
 
