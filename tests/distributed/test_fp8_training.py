@@ -48,7 +48,7 @@ def runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 def histories(checkpoint: Path) -> dict[str, torch.Tensor]:
     reader = CheckpointReader(checkpoint)
-    return {name: reader.read(name) for name in reader.tensors if name.endswith("amax_history")}
+    return {name: reader.read(name) for name in reader.fp8_histories}
 
 
 def test_resume_is_bitwise_exact_with_the_history(runs: dict[str, Run]) -> None:
