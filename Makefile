@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo adapt test test-slow soak bench-conversion lint clean
+.PHONY: install demo adapt test test-slow soak bench-conversion fp8-study lint clean
 
 install: $(INSTALLED)
 
@@ -37,6 +37,10 @@ soak: install
 # Time and memory of import and export beside a plain copy, and parity for each family. Results in build/conversion.
 bench-conversion: install
 	$(BIN)/python -m tests.conversion.measure --output-dir build/conversion
+
+# The demo's plan in float32, bfloat16 and every FP8 recipe, emulated: losses side by side. Results in build/fp8_study.
+fp8-study: install
+	$(BIN)/python -m benchmarks.fp8_study --output-dir build/fp8_study
 
 lint: install
 	$(BIN)/ruff check .
