@@ -122,7 +122,7 @@ def check_equivalence(layout: str, precision: Precision, packed: bool, objective
 
     check_apex()
     parallel, data = parse_layout(layout)
-    world_size = parallel.tensor * parallel.pipeline * data
+    world_size = parallel.tensor * parallel.pipeline * parallel.context * data
     unit = data * parallel.pipeline
     trial = Trial(parallel, parallel, precision, packed, tuple(objectives), steps, -(-MICRO_BATCHES // unit) * unit)
     name = str(_layout(trial, world_size))
@@ -220,9 +220,9 @@ def _layout(trial: Trial, world_size: int) -> Any:
         "the model's heads,": encoder.num_attention_heads,
         "its key/value heads,": encoder.num_query_groups,
         "its FFN width": encoder.ffn_hidden_size,
-        "the tokens of a micro-batch,": SAMPLES * sequence_length(trial.shape.tensor),
     }
-    return check_layout(trial.parallel, trial.training, encoder.num_layers, shards, world_size)
+    tokens = SAMPLES * sequence_length(trial.shape)
+    return check_layout(trial.parallel, trial.training, encoder.num_layers, shards, world_size, tokens=tokens)
 
 
 def measure(trial: Trial) -> dict[str, list[dict[str, Any]]] | None:
@@ -263,7 +263,7 @@ def _step(trial: Trial, objective: str, step: int, bare: Any, wrapped: Any, opti
     from megatron_ext.doctor.whole_tensors import own_share, whole_gradients
     from megatron_ext.train.step import run_schedule
 
-    length = sequence_length(trial.shape.tensor)
+    length = sequence_length(trial.shape)
     first = step * trial.micro_batches
     batches = own_share([make_batch(first + k, objective, trial.packed, length) for k in range(trial.micro_batches)])
     for chunk in wrapped:

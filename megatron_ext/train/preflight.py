@@ -102,8 +102,6 @@ def prepare(config: RunConfig, world_size: int) -> RunSetup:
 def _check_unfinished(config: RunConfig) -> None:
     if config.precision.is_fp8:
         raise UserError(f"precision.recipe is {config.precision.recipe}: this version trains in fp32 and bf16 only")
-    if config.parallel.context > 1:
-        raise UserError(f"parallel.context is {config.parallel.context}: this version has no context parallelism")
     unfinished = [
         name
         for name in ("gradient_reduce", "parameter_gather", "tensor_communication")
@@ -120,9 +118,9 @@ def _check_layout(config: RunConfig, encoder: EncoderConfig, world_size: int) ->
         "model.num_attention_heads": encoder.num_attention_heads,
         "model.num_query_groups": encoder.num_query_groups,
         "model.ffn_hidden_size": encoder.ffn_hidden_size,
-        "the tokens of a micro-batch,": config.training.micro_batch_size * config.data.sequence_length,
     }
-    layout = check_layout(config.parallel, config.training, encoder.num_layers, shards, world_size)
+    tokens = config.training.micro_batch_size * config.data.sequence_length
+    layout = check_layout(config.parallel, config.training, encoder.num_layers, shards, world_size, tokens=tokens)
     if config.validation.interval:
         # Every rank runs the same number of micro-batches, and the interleaved schedule wants a multiple of its stages.
         multiple = config.training.micro_batch_size * layout.data * (layout.pipeline if layout.virtual_pipeline > 1 else 1)

@@ -326,7 +326,8 @@ class Trainer:
 
 def _batch_log(setup: RunSetup, rank: int) -> BatchLog | None:
     """One rank of each model replica keeps it."""
-    is_first = parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+    ranks = (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank())
+    is_first = ranks == (0, 0) and parallel_state.is_pipeline_first_stage(ignore_virtual=True)
     if not (setup.config.training.log_batches and is_first):
         return None
     return BatchLog(Path(setup.config.output_dir), setup.training_data, rank)

@@ -6,7 +6,7 @@ from typing import Any
 from megatron_ext.config import ParallelConfig, TrainingConfig
 from megatron_ext.doctor.small_model import SAMPLES, VOCAB_SIZE, make_encoder, sequence_length
 
-SEQUENCE_LENGTH = sequence_length(1)
+SEQUENCE_LENGTH = sequence_length(ParallelConfig())
 MICRO_BATCHES = 8
 EXTRAS = {
     "qkv_bias": True,
@@ -24,6 +24,7 @@ class Case:
     tensor: int = 1
     pipeline: int = 1
     virtual_pipeline: int = 1
+    context: int = 1
     sequence: bool = True
     distributed_optimizer: bool = False
     tied: bool = False
@@ -36,6 +37,7 @@ class Case:
             tensor=self.tensor,
             pipeline=self.pipeline,
             virtual_pipeline=self.virtual_pipeline,
+            context=self.context,
             sequence=self.sequence,
             distributed_optimizer=self.distributed_optimizer,
         )

@@ -18,6 +18,8 @@ CASES = {
     "PP2 interleaved": (2, Case(pipeline=2, virtual_pipeline=2)),
     "DP2": (2, Case()),
     "DP2 distributed optimizer": (2, Case(distributed_optimizer=True)),
+    "CP2": (2, Case(context=2)),
+    "CP2 distributed optimizer": (2, Case(context=2, distributed_optimizer=True)),
     "PP2 tied": (2, Case(pipeline=2, tied=True)),
     "TP2 tied": (2, Case(tensor=2, tied=True)),
     "TP2+SP with extras": (2, Case(tensor=2, with_extras=True)),
@@ -25,6 +27,11 @@ CASES = {
     "PP2 with extras": (2, Case(pipeline=2, with_extras=True)),
     "TP2 x PP2": (4, Case(tensor=2, pipeline=2)),
     "TP2 x PP2 interleaved": (4, Case(tensor=2, pipeline=2, virtual_pipeline=2)),
+    "TP2+SP x CP2": (4, Case(tensor=2, context=2)),
+    "PP2 x CP2 tied": (4, Case(pipeline=2, context=2, tied=True)),
+    "PP2 interleaved x CP2": (4, Case(pipeline=2, virtual_pipeline=2, context=2)),
+    "CP4": (4, Case(context=4)),
+    "CP2 x DP2 distributed optimizer": (4, Case(context=2, distributed_optimizer=True)),
     "TP2 x DP2 distributed optimizer": (4, Case(tensor=2, distributed_optimizer=True)),
 }
 STEPS = 3
