@@ -14,8 +14,8 @@ from megatron_ext.model.presets import EncoderConfig
 from megatron_ext.objective import MASK_STREAM, OBJECTIVES, Vocabulary, make_example, random_generator
 
 VOCAB_SIZE = 251
-SAMPLES = 2
-"""In a micro-batch."""
+SAMPLES = 3
+"""In a micro-batch; odd, so that context parallelism of two cuts through a sample."""
 DOCUMENTS = 4
 """In a sample."""
 SPECIAL_IDS = 5
