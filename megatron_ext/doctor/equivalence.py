@@ -253,7 +253,7 @@ def _run(trial: Trial, objective: str, layout: Any, backend: Any) -> list[dict[s
 
     dtype = torch.bfloat16 if trial.precision == "bf16" else torch.float32
     bare = build_model(make_encoder(trial.shape), VOCAB_SIZE, layout, backend, dtype, SEED)
-    wrapped = wrap_model(bare, layout.distributed_optimizer)
+    wrapped = wrap_model(bare, layout)
     optimizer = build_optimizer(OPTIMIZER, wrapped, dtype, layout.distributed_optimizer)
     return [_step(trial, objective, step, bare, wrapped, optimizer, backend.device) for step in range(trial.steps)]
 

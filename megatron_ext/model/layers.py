@@ -3,7 +3,7 @@
 Both specs store the same checkpoint: the local spec's norms are saved under the names of TE's fused norm-and-linear modules.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from megatron_ext.config import Recompute
 from megatron_ext.model.attention import DocumentAttention
 from megatron_ext.model.presets import EncoderConfig
+from megatron_ext.runtime.capabilities import can_fuse_weight_gradients
 from megatron_ext.runtime.topology import Layout
 
 LayerKind = Literal["local", "transformer_engine"]
@@ -50,7 +52,17 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
 
-def transformer_config(encoder: EncoderConfig, layout: Layout, layers: LayerKind, dtype: torch.dtype) -> TransformerConfig:
+RECOMPUTE: dict[Recompute, dict[str, Any]] = {
+    "none": {},
+    "attention": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+"""`training.recompute` in megatron's words."""
+
+
+def transformer_config(
+    encoder: EncoderConfig, layout: Layout, layers: LayerKind, dtype: torch.dtype, recompute: Recompute = "none"
+) -> TransformerConfig:
     """megatron's configuration for this shape and layout.
 
     Args:
@@ -58,6 +70,7 @@ def transformer_config(encoder: EncoderConfig, layout: Layout, layers: LayerKind
         layout: parallel sizes.
         layers: which modules run.
         dtype: of weights and activations.
+        recompute: what the backward pass computes again.
     """
     with_te = layers == "transformer_engine"
     interleaved = layout.virtual_pipeline > 1
@@ -88,6 +101,8 @@ def transformer_config(encoder: EncoderConfig, layout: Layout, layers: LayerKind
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if interleaved else None,
         sequence_parallel=layout.sequence_parallel,
+        # `context_parallel_size` stays 1: it would make TE split the row in its own way. megatron's schedules ask the groups.
+        tp_comm_overlap=layout.overlap_tensor_communication,
         calculate_per_token_loss=True,
         # Freeing what was sent is only safe once it has left: gloo's separate calls still read it afterwards.
         deallocate_pipeline_outputs=not interleaved,
@@ -96,17 +111,18 @@ def transformer_config(encoder: EncoderConfig, layout: Layout, layers: LayerKind
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         # These fusions are CUDA kernels, or are compiled.
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=can_fuse_weight_gradients(layers),
         bias_dropout_fusion=with_te,
         bias_activation_fusion=with_te,
         masked_softmax_fusion=False,
         apply_rope_fusion=with_te,
+        **RECOMPUTE[recompute],
     )
 
 
 def block_spec(config: TransformerConfig, layers: LayerKind, vp_stage: int | None) -> TransformerBlockSubmodules:
     """The layers and final norm that this pipeline stage holds."""
-    spec = _te_layer(config.qk_layernorm) if layers == "transformer_engine" else _local_layer(config.qk_layernorm)
+    spec = _te_layer(config) if layers == "transformer_engine" else _local_layer(config.qk_layernorm)
     final_norm = spec.submodules.input_layernorm if layers == "local" else _te_norm()
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=final_norm)
@@ -134,17 +150,17 @@ def _local_layer(qk_norm: bool) -> ModuleSpec:
     )
 
 
-def _te_layer(qk_norm: bool) -> ModuleSpec:
+def _te_layer(config: TransformerConfig) -> ModuleSpec:
     from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
 
     from megatron_ext.model.te_attention import TEDocumentAttention
 
     attention = SelfAttentionSubmodules(
         linear_qkv=TELayerNormColumnParallelLinear,
-        core_attention=TEDocumentAttention,
+        core_attention=TEDocumentAttention if config.bf16 else DocumentAttention,  # TE's attention kernels take no float32
         linear_proj=TERowParallelLinear,
-        q_layernorm=_te_norm() if qk_norm else IdentityOp,
-        k_layernorm=_te_norm() if qk_norm else IdentityOp,
+        q_layernorm=_te_norm() if config.qk_layernorm else IdentityOp,
+        k_layernorm=_te_norm() if config.qk_layernorm else IdentityOp,
     )
     return ModuleSpec(
         module=TransformerLayer,

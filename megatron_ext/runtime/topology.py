@@ -26,6 +26,9 @@ class Layout:
     data: int
     sequence_parallel: bool
     distributed_optimizer: bool
+    overlap_gradient_reduce: bool = False
+    overlap_parameter_gather: bool = False
+    overlap_tensor_communication: bool = False
 
     def __str__(self) -> str:
         interleaved = f" x{self.virtual_pipeline} chunks" if self.virtual_pipeline > 1 else ""
@@ -100,6 +103,9 @@ def check_layout(
         data=data,
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
         distributed_optimizer=parallel.distributed_optimizer,
+        overlap_gradient_reduce=parallel.overlap_gradient_reduce,
+        overlap_parameter_gather=parallel.overlap_parameter_gather,
+        overlap_tensor_communication=parallel.overlap_tensor_communication,
     )
 
 

@@ -33,6 +33,7 @@ def build_optimizer(config: OptimizerConfig, chunks: list[torch.nn.Module], dtyp
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=distributed,
+        overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
     )
     return get_megatron_optimizer(megatron_config, chunks)
 

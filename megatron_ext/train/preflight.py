@@ -16,7 +16,7 @@ from megatron_ext.errors import UserError, warn
 from megatron_ext.model.encoder import padded_vocab_size
 from megatron_ext.model.presets import EncoderConfig, build_encoder_config
 from megatron_ext.objective import OBJECTIVES, PhasePlan, Vocabulary
-from megatron_ext.runtime.backend import Backend, choose_backend
+from megatron_ext.runtime.backend import Backend, check_overlap, choose_backend
 from megatron_ext.runtime.topology import Layout, check_layout, rank_from_environment
 from megatron_ext.train.start import Start, find_start
 
@@ -52,6 +52,11 @@ class RunSetup:
         return padded_vocab_size(self.vocab_size, self.layout.tensor)
 
     @property
+    def tokens_per_batch(self) -> int:
+        """Tokens in a micro-batch, over all context-parallel ranks."""
+        return self.config.training.micro_batch_size * self.config.data.sequence_length
+
+    @property
     def dtype(self) -> torch.dtype:
         """Numbers of weights and activations."""
         return torch.float32 if self.config.precision.recipe == "fp32" else torch.bfloat16
@@ -84,6 +89,8 @@ def prepare(config: RunConfig, world_size: int) -> RunSetup:
     _check_ids(config, training_data, tokenizer)
     if validation_data is not None:
         _warn_of_repetitions(config, validation_data)
+    backend = choose_backend(config.training.backend)
+    check_overlap(config.parallel, backend)
     return RunSetup(
         config=config,
         encoder=encoder,
@@ -91,7 +98,7 @@ def prepare(config: RunConfig, world_size: int) -> RunSetup:
         vocabulary=vocabulary,
         plan=plan,
         layout=layout,
-        backend=choose_backend(config.training.backend),
+        backend=backend,
         training_data=training_data,
         validation_data=validation_data,
         data_record=data_record,
@@ -102,15 +109,6 @@ def prepare(config: RunConfig, world_size: int) -> RunSetup:
 def _check_unfinished(config: RunConfig) -> None:
     if config.precision.is_fp8:
         raise UserError(f"precision.recipe is {config.precision.recipe}: this version trains in fp32 and bf16 only")
-    unfinished = [
-        name
-        for name in ("gradient_reduce", "parameter_gather", "tensor_communication")
-        if getattr(config.parallel, f"overlap_{name}")
-    ]
-    if unfinished:
-        raise UserError(f"parallel.overlap_{unfinished[0]} is true: this version overlaps nothing")
-    if config.training.recompute != "none":
-        raise UserError(f"training.recompute is {config.training.recompute}: this version recomputes nothing")
 
 
 def _check_layout(config: RunConfig, encoder: EncoderConfig, world_size: int) -> Layout:

@@ -70,4 +70,4 @@ def build(case: Case) -> tuple[list[Any], list[Any], Any]:
     layout, backend = start(case)
     encoder = make_encoder(case.parallel(), tie_embeddings=case.tied, **(EXTRAS if case.with_extras else {}))
     bare = build_model(encoder, VOCAB_SIZE, layout, backend, torch.float32, seed=3)
-    return bare, wrap_model(bare, case.distributed_optimizer), layout
+    return bare, wrap_model(bare, layout), layout
