@@ -115,8 +115,8 @@ def _check_tokens(parallel: ParallelConfig, tokens: int) -> None:
     if tokens % (parallel.context * parallel.tensor):
         tensor = f" x parallel.tensor {parallel.tensor}" if parallel.tensor > 1 else ""
         raise UserError(
-            f"parallel.context is {parallel.context}: parallel.context{tensor} does not divide the tokens of a micro-batch, {tokens} "
-            "(training.micro_batch_size x data.sequence_length)"
+            f"parallel.context is {parallel.context}: parallel.context{tensor} does not divide the tokens of a micro-batch, "
+            f"{tokens} (training.micro_batch_size x data.sequence_length)"
         )
 
 
