@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ext.config import ParallelConfig, TrainingConfig
+from megatron_ext.config import ParallelConfig, Recompute, TrainingConfig
 from megatron_ext.doctor.small_model import SAMPLES, VOCAB_SIZE, make_encoder, sequence_length
 
 SEQUENCE_LENGTH = sequence_length(ParallelConfig())
@@ -30,6 +30,7 @@ class Case:
     tied: bool = False
     with_extras: bool = False
     """Biases on queries, keys and values, norms on queries and keys, stretched RoPE."""
+    recompute: Recompute = "none"
 
     def parallel(self) -> ParallelConfig:
         """The configured sizes."""
@@ -69,5 +70,5 @@ def build(case: Case) -> tuple[list[Any], list[Any], Any]:
 
     layout, backend = start(case)
     encoder = make_encoder(case.parallel(), tie_embeddings=case.tied, **(EXTRAS if case.with_extras else {}))
-    bare = build_model(encoder, VOCAB_SIZE, layout, backend, torch.float32, seed=3)
+    bare = build_model(encoder, VOCAB_SIZE, layout, backend, torch.float32, seed=3, recompute=case.recompute)
     return bare, wrap_model(bare, layout), layout

@@ -19,6 +19,8 @@ CASES = {
     "DP2": (2, Case()),
     "DP2 distributed optimizer": (2, Case(distributed_optimizer=True)),
     "CP2": (2, Case(context=2)),
+    "PP2 interleaved, layers recomputed": (2, Case(pipeline=2, virtual_pipeline=2, recompute="full")),
+    "CP2, attention recomputed": (2, Case(context=2, recompute="attention")),
     "PP2 tied": (2, Case(pipeline=2, tied=True)),
     "TP2 tied": (2, Case(tensor=2, tied=True)),
     "TP2+SP with extras": (2, Case(tensor=2, with_extras=True)),
@@ -32,6 +34,8 @@ CASES = {
     "CP2 x DP2 distributed optimizer": (4, Case(context=2, distributed_optimizer=True)),
     "TP2 x DP2 distributed optimizer": (4, Case(tensor=2, distributed_optimizer=True)),
 }
+RECOMPUTED = {"PP2 interleaved, layers recomputed": "PP2 interleaved", "CP2, attention recomputed": "CP2"}
+"""Cases that keep fewer activations, and their twins."""
 STEPS = 3
 # float32: sums are taken in another order. Seen: 1e-6 of the largest gradient; a wrong factor or missing term is far above.
 RELATIVE = 2e-5
@@ -53,14 +57,20 @@ def _batches(objective: str, packed: bool, step: int = 0) -> list[Any]:
 
 
 def _gradients(case: Case, bare: list[Any], wrapped: list[Any], objective: str, packed: bool) -> dict[str, Any]:
+    from megatron_ext.model.attention import DocumentAttention
     from megatron_ext.train.step import run_schedule
 
     for chunk in wrapped:
         chunk.zero_grad_buffer()
+    calls: list[str] = []
+    attention = [module for chunk in bare for module in chunk.modules() if isinstance(module, DocumentAttention)]
+    hooks = [module.register_forward_pre_hook(lambda *_: calls.append("attention")) for module in attention]
     sums = run_schedule(wrapped, _batches(objective, packed), SAMPLES * SEQUENCE_LENGTH, torch.device("cpu"), forward_only=False)
+    for hook in hooks:
+        hook.remove()
     total = sums.reduce()
     gradients = whole_gradients(bare, wrapped, case.distributed_optimizer)
-    return {"loss": total.mean_losses(), "predicted": total.predicted, "gradients": gradients}
+    return {"loss": total.mean_losses(), "predicted": total.predicted, "gradients": gradients, "calls": len(calls)}
 
 
 def _train(case: Case, bare: list[Any], wrapped: list[Any]) -> dict[str, Any]:
@@ -134,3 +144,13 @@ def test_updated_weights_equal_one_rank(measured: Any, name: str) -> None:
         torch.testing.assert_close(
             ours["weights"][parameter], expected, rtol=0, atol=2e-5, msg=lambda text, p=parameter: f"{p}: {text}"
         )
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_recomputation_changes_no_bit(two_ranks: dict[str, Any], name: str) -> None:
+    """With micro-batches of other objectives under way between a forward pass and its recomputation."""
+    ours, twin = (two_ranks[case]["mixed", True] for case in (name, RECOMPUTED[name]))
+    assert ours["calls"] == 2 * twin["calls"] > 0
+    assert ours["loss"] == twin["loss"]
+    for parameter, expected in twin["gradients"].items():
+        assert torch.equal(ours["gradients"][parameter], expected), parameter
