@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainingConfig
+from megatron_ext.config import OptimizerConfig, ParallelConfig, PrecisionConfig, TrainingConfig
 from megatron_ext.doctor.report import Report
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.launch import run_on_ranks
@@ -118,6 +118,7 @@ def check_equivalence(layout: str, precision: Precision, packed: bool, objective
     import torch
 
     from megatron_ext.doctor.small_model import VOCAB_SIZE, make_encoder
+    from megatron_ext.runtime.backend import ON_CPU, check_overlap, choose_backend
     from megatron_ext.runtime.capabilities import check_apex
 
     check_apex()
@@ -127,6 +128,7 @@ def check_equivalence(layout: str, precision: Precision, packed: bool, objective
     trial = Trial(parallel, parallel, precision, packed, tuple(objectives), steps, -(-MICRO_BATCHES // unit) * unit)
     name = str(_layout(trial, world_size))
     on_gpus = torch.cuda.device_count() >= world_size
+    check_overlap(parallel, choose_backend("local" if precision == "fp32" else "auto") if on_gpus else ON_CPU)
     print(f"{name}: starting {world_size} + 1 processes on {'GPUs' if on_gpus else 'the CPU'}", file=sys.stderr)
     report = Report("equivalence")
     report.facts = {
@@ -232,13 +234,17 @@ def measure(trial: Trial) -> dict[str, list[dict[str, Any]]] | None:
     """
     import torch
 
+    from megatron_ext.doctor.small_model import SAMPLES, make_encoder, sequence_length
     from megatron_ext.runtime.backend import choose_backend
     from megatron_ext.runtime.topology import process_groups
+    from megatron_ext.runtime.userbuffers import start_userbuffers
 
     layout = _layout(trial, torch.distributed.get_world_size())
     # Transformer Engine's attention kernels take no float32.
     backend = choose_backend("local" if trial.precision == "fp32" else "auto")
     with process_groups(layout, backend):
+        tokens, hidden_size = SAMPLES * sequence_length(trial.shape), make_encoder(trial.shape).hidden_size
+        start_userbuffers(layout, tokens, hidden_size, PrecisionConfig())
         results = {objective: _run(trial, objective, layout, backend) for objective in trial.objectives}
     return results if torch.distributed.get_rank() == 0 else None
 

@@ -26,6 +26,10 @@ class Backend:
         return f"{self.device.type}/{self.layers}/{self.communication}"
 
 
+ON_CPU = Backend(device=torch.device("cpu"), layers="local", communication="gloo")
+"""What runs everywhere."""
+
+
 def choose_backend(requested: Literal["auto", "local", "transformer_engine"]) -> Backend:
     """Pick device and layers.
 
