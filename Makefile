@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo adapt test test-slow soak bench-conversion fp8-study lint clean
+.PHONY: install demo adapt test test-slow test-gpu soak bench-conversion fp8-study lint clean
 
 install: $(INSTALLED)
 
@@ -29,6 +29,10 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# What only a GPU can show, Transformer Engine and FP8 included: run it on a machine that has them. Skips say why.
+test-gpu: install
+	$(BIN)/python -m pytest -s tests/gpu
 
 # One run killed at random 30 times, with damaged checkpoints, against the undisturbed one. Results in build/soak.
 soak: install

@@ -124,7 +124,8 @@ class EncoderModel(LanguageModule):
 
     def _rotary(self, batch: MicroBatch) -> Tensor:
         """[t, 1, 1, d] angles, looked up by position."""
-        return self.rotary_pos_emb(batch.max_position).to(batch.position_ids.device)[batch.position_ids]
+        # `packed_seq`: megatron must not cut the table for context parallelism; the positions are those of this part already.
+        return self.rotary_pos_emb(batch.max_position, packed_seq=True).to(batch.position_ids.device)[batch.position_ids]
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int, multiple: int = 128) -> int:

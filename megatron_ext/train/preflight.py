@@ -16,7 +16,7 @@ from megatron_ext.errors import UserError, warn
 from megatron_ext.model.encoder import padded_vocab_size
 from megatron_ext.model.presets import EncoderConfig, build_encoder_config
 from megatron_ext.objective import OBJECTIVES, PhasePlan, Vocabulary
-from megatron_ext.runtime.backend import Backend, choose_backend
+from megatron_ext.runtime.backend import Backend, check_overlap, choose_backend
 from megatron_ext.runtime.capabilities import has_transformer_engine
 from megatron_ext.runtime.precision import check_precision, has_kernels, small_width_warning
 from megatron_ext.runtime.topology import Layout, check_layout, rank_from_environment
@@ -54,6 +54,11 @@ class RunSetup:
         return padded_vocab_size(self.vocab_size, self.layout.tensor)
 
     @property
+    def tokens_per_batch(self) -> int:
+        """Tokens in a micro-batch, over all context-parallel ranks."""
+        return self.config.training.micro_batch_size * self.config.data.sequence_length
+
+    @property
     def dtype(self) -> torch.dtype:
         """Numbers of weights and activations."""
         return torch.float32 if self.config.precision.recipe == "fp32" else torch.bfloat16
@@ -76,7 +81,6 @@ def prepare(config: RunConfig, world_size: int) -> RunSetup:
         )
     layout = _check_layout(config, encoder, world_size)
     _check_precision(config, encoder, layout)
-    _check_unfinished(config)
     plan = PhasePlan.from_config(config)
     _check_schedule(config, plan)
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -87,6 +91,8 @@ def prepare(config: RunConfig, world_size: int) -> RunSetup:
     _check_ids(config, training_data, tokenizer)
     if validation_data is not None:
         _warn_of_repetitions(config, validation_data)
+    backend = choose_backend("local" if config.precision.emulation else config.training.backend)
+    check_overlap(config.parallel, backend)
     return RunSetup(
         config=config,
         encoder=encoder,
@@ -94,26 +100,12 @@ def prepare(config: RunConfig, world_size: int) -> RunSetup:
         vocabulary=vocabulary,
         plan=plan,
         layout=layout,
-        backend=choose_backend("local" if config.precision.emulation else config.training.backend),
+        backend=backend,
         training_data=training_data,
         validation_data=validation_data,
         data_record=data_record,
         start=find_start(config, tokenizer),
     )
-
-
-def _check_unfinished(config: RunConfig) -> None:
-    if config.parallel.context > 1:
-        raise UserError(f"parallel.context is {config.parallel.context}: this version has no context parallelism")
-    unfinished = [
-        name
-        for name in ("gradient_reduce", "parameter_gather", "tensor_communication")
-        if getattr(config.parallel, f"overlap_{name}")
-    ]
-    if unfinished:
-        raise UserError(f"parallel.overlap_{unfinished[0]} is true: this version overlaps nothing")
-    if config.training.recompute != "none":
-        raise UserError(f"training.recompute is {config.training.recompute}: this version recomputes nothing")
 
 
 def _check_precision(config: RunConfig, encoder: EncoderConfig, layout: Layout) -> None:
@@ -134,9 +126,9 @@ def _check_layout(config: RunConfig, encoder: EncoderConfig, world_size: int) ->
         "model.num_attention_heads": encoder.num_attention_heads,
         "model.num_query_groups": encoder.num_query_groups,
         "model.ffn_hidden_size": encoder.ffn_hidden_size,
-        "the tokens of a micro-batch,": config.training.micro_batch_size * config.data.sequence_length,
     }
-    layout = check_layout(config.parallel, config.training, encoder.num_layers, shards, world_size)
+    tokens = config.training.micro_batch_size * config.data.sequence_length
+    layout = check_layout(config.parallel, config.training, encoder.num_layers, shards, world_size, tokens=tokens)
     if config.validation.interval:
         # Every rank runs the same number of micro-batches, and the interleaved schedule wants a multiple of its stages.
         multiple = config.training.micro_batch_size * layout.data * (layout.pipeline if layout.virtual_pipeline > 1 else 1)

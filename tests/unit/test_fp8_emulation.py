@@ -252,7 +252,7 @@ def train_steps(tensor: int, sequence: bool, recipe: str) -> dict[str, np.ndarra
     initialize(layout, backend)
     precision = PrecisionConfig(recipe=recipe, emulation=recipe != "fp32", amax_history_length=2)
     bare = build_model(encoder_config(), VOCAB_SIZE, layout, backend, torch.float32, 3, precision)
-    chunks = wrap_model(bare, False)
+    chunks = wrap_model(bare, layout)
     optimizer = build_optimizer(OptimizerConfig(learning_rate=1e-7), chunks, torch.float32, False)
     data = parallel_state.get_data_parallel_rank()
     losses = []
