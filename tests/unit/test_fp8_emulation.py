@@ -237,7 +237,7 @@ def train_steps(tensor: int, sequence: bool, recipe: str) -> dict[str, np.ndarra
     from megatron.core import parallel_state
 
     from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainingConfig
-    from megatron_ext.doctor.small_model import VOCAB_SIZE, make_batch
+    from megatron_ext.doctor.small_model import SAMPLES, VOCAB_SIZE, make_batch
     from megatron_ext.model.fp8_emulation import end_step
     from megatron_ext.runtime.backend import choose_backend
     from megatron_ext.runtime.topology import check_layout, initialize
@@ -260,8 +260,8 @@ def train_steps(tensor: int, sequence: bool, recipe: str) -> dict[str, np.ndarra
         chunks[0].zero_grad_buffer()
         optimizer.zero_grad()
         numbers = range(step * batches_in_all + data, (step + 1) * batches_in_all, layout.data)
-        batches = [make_batch(number, "mlm", True, 64) for number in numbers]
-        sums = run_schedule(chunks, batches, 128, backend.device, False)
+        batches = [make_batch(number, "mlm", True, 128) for number in numbers]
+        sums = run_schedule(chunks, batches, 128 * SAMPLES, backend.device, False)
         norm = gradient_norm(optimizer)
         update(optimizer, norm)
         end_step(chunks, was_taken=True)
