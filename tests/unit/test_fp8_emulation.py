@@ -278,6 +278,8 @@ def train_steps(tensor: int, sequence: bool, recipe: str) -> dict[str, np.ndarra
 LAYOUTS = {"TP2": (2, True), "DP2": (1, False)}
 LAYOUT_TOLERANCE = 2e-3
 """Layouts sum in another order, and a value that lies on the edge of two FP8 numbers may then fall on the other side of it."""
+HISTORY_TOLERANCE = 6e-2
+"""Of a largest value: it is one element, and one such fall moves it by up to half a step of e4m3, 1/16."""
 OWN_SCALE_TOLERANCE = 2e-2
 """fp8-tensorwise on TP2: a rank scales its own part of a weight by that part's largest value, as Transformer Engine does."""
 
@@ -296,6 +298,7 @@ def test_two_ranks_compute_what_one_does() -> None:
             has_own_scales = recipe == "fp8-tensorwise" and layout == "TP2"
             for name, value in expected[recipe].items():
                 tolerance = OWN_SCALE_TOLERANCE if has_own_scales else LAYOUT_TOLERANCE
+                tolerance = HISTORY_TOLERANCE if name.endswith("amax_history") else tolerance
                 np.testing.assert_allclose(found[name], value, rtol=tolerance, err_msg=f"{recipe} {name} {layout}")
     for recipe in RECIPES:  # each rounds, and each otherwise
         others = [found["losses"] for name, found in expected.items() if name != recipe]
