@@ -1,0 +1,65 @@
+"""The speed model against published runs: the errors, and the fit of its few constants."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_ext.errors import UserError
+from megatron_ext.plan.anchors import ANCHORS, Anchor
+from megatron_ext.plan.kernels import CALIBRATED, Constants
+from megatron_ext.plan.speed import Prediction, predict
+
+LOWEST = Constants(operand_traffic=0.0, exposed=0.05, triton_attention=0.2)
+HIGHEST = Constants(operand_traffic=6.0, exposed=0.9, triton_attention=1.0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One published row beside its prediction."""
+
+    anchor: Anchor
+    prediction: Prediction
+
+    @property
+    def error(self) -> float:
+        """Predicted over published tokens/s, less 1."""
+        return self.prediction.tokens_per_second / self.anchor.tokens_per_second - 1
+
+    @property
+    def use(self) -> str:
+        """What the row is for."""
+        if not self.anchor.known:
+            return "outside"
+        return "calibrates" if self.anchor.calibrates else "held out"
+
+
+def validate(constants: Constants = CALIBRATED, anchors: Sequence[Anchor] = ANCHORS) -> list[Row]:
+    """Predict every published row."""
+    return [Row(anchor, predict(anchor.gpu, anchor.work, anchor.run, constants)) for anchor in anchors]
+
+
+def error_summary(rows: Sequence[Row], use: str) -> tuple[float, float]:
+    """Median and worst absolute error of the rows of this use."""
+    errors = [abs(row.error) for row in rows if row.use == use]
+    return statistics.median(errors), max(errors)
+
+
+def calibrate() -> Constants:
+    """Fit the constants to the rows that calibrate: least squares of log(predicted / published).
+
+    Raises:
+        UserError: SciPy is missing.
+    """
+    try:
+        from scipy.optimize import least_squares
+    except ImportError:
+        raise UserError("--calibrate needs SciPy: pip install -e '.[dev]'") from None
+    anchors = [anchor for anchor in ANCHORS if anchor.calibrates]
+
+    def residuals(values: Sequence[float]) -> list[float]:
+        return [math.log(1 + row.error) for row in validate(Constants(*values), anchors)]
+
+    bounds = (LOWEST.as_list(), HIGHEST.as_list())
+    start = [(low + high) / 2 for low, high in zip(*bounds, strict=True)]
+    return Constants(*(round(float(value), 4) for value in least_squares(residuals, start, bounds=bounds).x))
