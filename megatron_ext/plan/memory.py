@@ -172,8 +172,12 @@ def _attention_bytes(encoder: EncoderConfig, layout: Layout, recompute: str, row
     heads = encoder.num_attention_heads // layout.tensor
     groups = encoder.num_query_groups // layout.tensor
     width = encoder.head_dim
-    queries, keys = row.tokens * heads * width, row.tokens * groups * width
-    inputs = queries + 2 * (queries if on_cpu and recompute == "none" else keys)
+    queries = row.tokens * heads * width
+    # Under context parallelism attention keeps the keys and values of the whole row, which it has gathered.
+    keys = row.tokens * layout.context * (heads if on_cpu else groups) * width
+    inputs = queries + 2 * keys
+    if recompute == "attention":
+        inputs = queries + 2 * row.tokens * groups * width
     statistics = FLOAT32 * row.tokens * heads if recompute == "none" else 0
     return (inputs + queries) * row.element + (queries if in_fp8 else 0) + statistics
 
