@@ -7,14 +7,21 @@ from megatron_ext.plan.search import Candidate, Search
 
 PAYS = 1.15
 """FP8 must be predicted this much faster than bfloat16 to be recommended: about twice the model's median error."""
+TIE = 0.03
 HOURS = 3600.0
 
 
 def choose(result: Search, fp8_pays: float = PAYS) -> list[Candidate]:
-    """The candidates from best to worst; FP8 ones stand behind bfloat16 unless the fastest of them gains enough."""
-    if fp8_gain(result) >= fp8_pays:
-        return result.found
-    return sorted(result.found, key=lambda candidate: (candidate.precision.is_fp8, candidate.seconds))
+    """The candidates from best to worst.
+
+    FP8 ones stand behind bfloat16 unless the fastest of them gains enough. Of those within `TIE` of the fastest, which the model
+    cannot tell apart, the simplest comes first: least model parallelism, then the faster.
+    """
+    in_fp8 = fp8_gain(result) >= fp8_pays
+    ordered = sorted(result.found, key=lambda c: (c.precision.is_fp8 is not in_fp8, c.seconds))
+    tied = [c for c in ordered if c.precision.is_fp8 is in_fp8 and c.seconds <= ordered[0].seconds * (1 + TIE)]
+    first = min(tied, key=lambda c: (c.layout.world_size // c.layout.data, c.seconds))
+    return [first, *(c for c in ordered if c is not first)]
 
 
 def fp8_gain(result: Search) -> float:
@@ -66,12 +73,16 @@ def _about_size(result: Search, best: Candidate, name: str, field: str, parts: t
     less = _fastest(result, lambda c: getattr(c.parallel, field) < size and c.precision.recipe == recipe)
     words = []
     if more is not None:
-        slower = more.seconds / best.seconds - 1
         detail = f"{100 * more.share(*parts):.1f} % of its time is exposed or idle"
-        words.append(f"{getattr(more.parallel, field)} is {100 * slower:.1f} % slower ({detail})")
+        words.append(f"{getattr(more.parallel, field)} is {_compare(more, best)} ({detail})")
     if less is not None:
-        words.append(f"{getattr(less.parallel, field)} is {100 * (less.seconds / best.seconds - 1):.1f} % slower")
+        words.append(f"{getattr(less.parallel, field)} is {_compare(less, best)}")
     return f"{name}: {', '.join(words)}" if words else ""
+
+
+def _compare(other: Candidate, best: Candidate) -> str:
+    slower = 100 * (other.seconds / best.seconds - 1)
+    return f"{slower:.1f} % slower" if slower >= 0 else f"{-slower:.1f} % faster, a tie: the simpler one is taken"
 
 
 def _about_batches(result: Search, best: Candidate, recipe: str) -> str:
@@ -82,13 +93,11 @@ def _about_batches(result: Search, best: Candidate, recipe: str) -> str:
     words = []
     smaller = _fastest(result, lambda c: same(c) and c.training.micro_batch_size < micro)
     if smaller is not None:
-        slower = 100 * (smaller.seconds / best.seconds - 1)
-        words.append(f"{smaller.training.micro_batch_size} is {slower:.1f} % slower")
+        words.append(f"{smaller.training.micro_batch_size} is {_compare(smaller, best)}")
     larger = _fastest(result, lambda c: same(c) and c.training.micro_batch_size > micro)
     if larger is not None:
-        slower = 100 * (larger.seconds / best.seconds - 1)
         again = f", recomputing ({larger.training.recompute})" if larger.training.recompute != "none" else ""
-        words.append(f"{larger.training.micro_batch_size} is {slower:.1f} % slower{again}")
+        words.append(f"{larger.training.micro_batch_size} is {_compare(larger, best)}{again}")
     return f"micro-batch: {', '.join(words)}" if words else ""
 
 
