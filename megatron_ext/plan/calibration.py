@@ -3,7 +3,8 @@
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from megatron_ext.errors import UserError
 from megatron_ext.plan.anchors import ANCHORS, Anchor
@@ -63,3 +64,37 @@ def calibrate() -> Constants:
     bounds = (LOWEST.as_list(), HIGHEST.as_list())
     start = [(low + high) / 2 for low, high in zip(*bounds, strict=True)]
     return Constants(*(round(float(value), 4) for value in least_squares(residuals, start, bounds=bounds).x))
+
+
+def as_dict(rows: Sequence[Row], constants: Constants) -> dict[str, Any]:
+    """Rows, errors and constants as plain values."""
+    summary = {use: dict(zip(("median", "worst"), error_summary(rows, use), strict=True)) for use in ("calibrates", "held out")}
+    table = [
+        {
+            "name": row.anchor.name,
+            "source": row.anchor.source,
+            "published": row.anchor.published,
+            "assumed": row.anchor.assumed,
+            "published_tokens_per_second": row.anchor.tokens_per_second,
+            "predicted_tokens_per_second": row.prediction.tokens_per_second,
+            "error": row.error,
+            "use": row.use,
+        }
+        for row in rows
+    ]
+    return {"constants": asdict(constants), "errors": summary, "rows": table}
+
+
+def render(rows: Sequence[Row], constants: Constants) -> list[str]:
+    """A table for people."""
+    lines = ["constants: " + ", ".join(f"{name} {value}" for name, value in asdict(constants).items()), ""]
+    lines.append(f"{'run':34}{'published':>12}{'predicted':>12}{'error':>9}  use         (tokens/s of one GPU)")
+    for row in rows:
+        published, predicted = row.anchor.tokens_per_second, row.prediction.tokens_per_second
+        lines.append(f"{row.anchor.name:34}{published:>12,.0f}{predicted:>12,.0f}{100 * row.error:>+8.1f}%  {row.use}")
+    lines.append("")
+    for use in ("calibrates", "held out"):
+        median, worst = error_summary(rows, use)
+        count = sum(row.use == use for row in rows)
+        lines.append(f"{use}: {count} rows, median error {100 * median:.1f} %, worst {100 * worst:.1f} %")
+    return lines

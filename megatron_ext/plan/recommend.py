@@ -184,7 +184,9 @@ def render(result: Search, best: list[Candidate]) -> list[str]:
     lines += ["", "steps of the first:"]
     for work, prediction in best[0].predictions:
         total = prediction.seconds
-        parts = ", ".join(f"{name.replace('_', ' ')} {100 * s / total:.0f} %" for name, s in vars(prediction.parts).items() if s > total / 200)
+        parts = ", ".join(
+            f"{name.replace('_', ' ')} {100 * s / total:.0f} %" for name, s in vars(prediction.parts).items() if s > total / 200
+        )
         lines.append(f"  {work.phase} {work.objective}: {work.steps:,.0f} steps of {total:.3f} s: {parts}")
     lines += ["", "why not the others:", *(f"  {reason}" for reason in reasons(result, best[0]))]
     return [*lines, "", "for the YAML:", "", *yaml_block(settings(result, best[0]))]

@@ -78,7 +78,7 @@ class Search:
     found: list[Candidate] = field(default_factory=list)
     """All that fit, fastest first."""
     too_large: list[Candidate] = field(default_factory=list)
-    """Those that do not fit."""
+    """Those that do not fit; larger micro-batches of a layout that does not fit even with full recomputation are not tried."""
     refused: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Fields that the layout check complained of: how often, and its last words."""
 
@@ -114,11 +114,13 @@ def search(config: RunConfig, vocab_size: int, gpus: int, gpu: Gpu, document: fl
     encoder = build_encoder_config(config.model)
     works = phase_works(config, encoder, vocab_size, document)
     result = Search(config, gpu, gpus)
+    full: set[tuple[Layout, str]] = set()
     for parallel, training, layout in _layouts(config, encoder, gpus, gpu, result):
-        for recipe in ("bf16", fp8_recipe(gpu, config.precision.recipe)):
-            precision = None if recipe is None else _precision(config, recipe)
-            if precision is not None and (not precision.is_fp8 or _fp8_fits(encoder, layout, training, config)):
-                _try(result, encoder, works, Candidate(parallel, training, precision, layout))
+        for precision in _precisions(config, gpu):
+            place = (layout, precision.recipe)
+            if place not in full and (not precision.is_fp8 or _fp8_fits(encoder, layout, training, config, precision)):
+                if not _try(result, encoder, works, Candidate(parallel, training, precision, layout)):
+                    full.add(place)
     result.found.sort(key=lambda candidate: candidate.seconds)
     if not result.found:
         raise UserError(_nothing(result))
@@ -136,9 +138,11 @@ def _nothing(result: Search) -> str:
     )
 
 
-def _precision(config: RunConfig, recipe: Recipe) -> PrecisionConfig:
-    fp8_parameters = config.precision.fp8_parameters and recipe != "bf16"
-    return dataclasses.replace(config.precision, recipe=recipe, emulation=False, fp8_parameters=fp8_parameters)
+def _precisions(config: RunConfig, gpu: Gpu) -> Iterator[PrecisionConfig]:
+    for recipe in ("bf16", fp8_recipe(gpu, config.precision.recipe)):
+        if recipe is not None:
+            fp8_parameters = config.precision.fp8_parameters and recipe != "bf16"
+            yield dataclasses.replace(config.precision, recipe=recipe, emulation=False, fp8_parameters=fp8_parameters)
 
 
 def _layouts(
@@ -208,9 +212,11 @@ def _checked(
     return layout
 
 
-def _fp8_fits(encoder: EncoderConfig, layout: Layout, training: TrainingConfig, config: RunConfig) -> bool:
-    """FP8 products want sizes that divide by 16 on every rank; blockwise ones by 128."""
-    multiple = 128 if config.precision.recipe == "fp8-blockwise" else 32 if config.precision.recipe == "mxfp8" else 16
+def _fp8_fits(
+    encoder: EncoderConfig, layout: Layout, training: TrainingConfig, config: RunConfig, precision: PrecisionConfig
+) -> bool:
+    """FP8 products want sizes that divide by 16 on every rank, MXFP8 ones by 32, blockwise ones by 128."""
+    multiple = {"fp8-blockwise": 128, "mxfp8": 32}.get(precision.recipe, 16)
     tokens = training.micro_batch_size * config.data.sequence_length // layout.context
     widths = (
         encoder.hidden_size,
@@ -221,8 +227,8 @@ def _fp8_fits(encoder: EncoderConfig, layout: Layout, training: TrainingConfig, 
     return all(width % multiple == 0 for width in widths)
 
 
-def _try(result: Search, encoder: EncoderConfig, works: list[PhaseWork], plain: Candidate) -> None:
-    """Take the least recomputation that fits; more of it is only slower."""
+def _try(result: Search, encoder: EncoderConfig, works: list[PhaseWork], plain: Candidate) -> bool:
+    """Take the least recomputation that fits; more of it is only slower. Returns whether any fits."""
     predicted = max(work.predicted_share for work in works)
     sequence, vocab_size = result.config.data.sequence_length, works[0].workload.shape.vocab
     for recompute in RECOMPUTATIONS:
@@ -237,5 +243,6 @@ def _try(result: Search, encoder: EncoderConfig, works: list[PhaseWork], plain: 
         candidate = dataclasses.replace(plain, training=training, memory=memory, predictions=predictions)
         if memory.total <= result.room:
             result.found.append(candidate)
-            return
+            return True
         result.too_large.append(candidate)
+    return False

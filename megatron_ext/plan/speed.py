@@ -59,10 +59,10 @@ def predict(gpu: Gpu, work: Workload, run: Execution, constants: Constants = CAL
     parts = Parts()
     for name in ("products", "attention", "memory", "recomputed", "waiting_for_host", "tensor", "context", "pipeline"):
         setattr(parts, name, micro_batches * getattr(stage, name))
-    parts.head = micro_batches * head
-    # The last stage sets the pace; the others wait for its head. Filling and draining costs (p - 1) / v micro-batches.
-    mean = stage.total + head / run.pipeline
-    parts.bubble = (run.pipeline - 1) / run.virtual * mean
+    # The last stage sets the pace, and the others wait for its head: of a GPU's time the head has 1 / p, waiting the rest. Filling and
+    # draining the pipeline costs (p - 1) / v micro-batches more.
+    parts.head = micro_batches * head / run.pipeline
+    parts.bubble = micro_batches * head - parts.head + (run.pipeline - 1) / run.virtual * (stage.total + head / run.pipeline)
     parts.optimizer = optimizer_seconds(gpu, work, run)
     forward = stage.total / (4 if run.recompute == "full" else 3)
     parts.data = data_seconds(gpu, constants, run, stage_parameters(work, run), forward, stage.total + head - forward)
