@@ -56,10 +56,10 @@ def tensor_seconds(gpu: Gpu, constants: Constants, work: Workload, run: Executio
 
 
 def context_seconds(gpu: Gpu, work: Workload, run: Execution) -> float:
-    """Gathering keys and values of one layer and one micro-batch: forward, backward, and their gradients back. Nothing hides it."""
+    """Gathering keys and values of one layer and one micro-batch: forward, and their gradients back. Nothing hides it."""
     group = Group(run.context, run.tensor)
     keys_and_values = 2 * 2 * run.micro_batch * work.sequence * work.shape.key_width / run.tensor
-    calls = 3 + (run.recompute != "none")
+    calls = 2 + (run.recompute != "none")
     return group.seconds(gpu, calls * keys_and_values, calls)
 
 

@@ -58,6 +58,7 @@ def draw(curves: dict[str, list[Point]], gpu: Gpu, picture: Path) -> None:
 
     figure, (cost, time) = pyplot.subplots(1, 2, figsize=(11, 4.6), dpi=150)
     plain = FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+    ticks = [digit * 10**power for power in range(-3, 6) for digit in (1, 2, 5)]
     for (preset, points), colour in zip(curves.items(), COLOURS, strict=False):
         counts = [point.gpus for point in points]
         for axes, name in ((cost, "gpu_hours"), (time, "days")):
@@ -68,7 +69,11 @@ def draw(curves: dict[str, list[Point]], gpu: Gpu, picture: Path) -> None:
         axes.set_yscale("log")
         axes.set_xticks(COUNTS[::2])
         axes.xaxis.set_major_formatter(plain)
+        low, high = axes.get_ylim()
+        axes.set_yticks([tick for tick in ticks if low <= tick <= high])
         axes.yaxis.set_major_formatter(plain)
+        axes.minorticks_off()
+        axes.margins(x=0.06)
         axes.set(xlabel=f"{gpu.name.upper()} GPUs", ylabel=label)
         axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
@@ -86,3 +91,12 @@ def draw(curves: dict[str, list[Point]], gpu: Gpu, picture: Path) -> None:
         figure.savefig(picture)
     except (OSError, ValueError) as error:
         raise UserError(f"--output {picture} cannot be written: {error}") from None
+
+
+def render(curves: dict[str, list[Point]]) -> list[str]:
+    """The points as a table."""
+    return [
+        f"{preset:6}{point.gpus:>6} GPUs {point.gpu_hours:>9,.0f} GPU-hours {point.days:>9.3f} days  {point.layout}"
+        for preset, points in curves.items()
+        for point in points
+    ]

@@ -112,7 +112,19 @@ def _about_room(result: Search) -> str:
     )
 
 
-def as_dict(result: Search, candidate: Candidate) -> dict[str, Any]:
+def as_dict(result: Search, best: list[Candidate]) -> dict[str, Any]:
+    """The recommendation as plain values."""
+    return {
+        "gpu": result.gpu.name,
+        "calibrated": result.gpu.calibrated,
+        "measured": False,
+        "gpus": result.gpus,
+        "best": [figures_of(result, candidate) for candidate in best],
+        "reasons": reasons(result, best[0]),
+    }
+
+
+def figures_of(result: Search, candidate: Candidate) -> dict[str, Any]:
     """A candidate's figures: seconds, tokens/s of one GPU, bytes, and the fields to set."""
     return {
         "layout": str(candidate.layout),
@@ -175,7 +187,7 @@ def render(result: Search, best: list[Candidate]) -> list[str]:
         f"{'GPU-hours':>11}",
     ]
     for number, candidate in enumerate(best, start=1):
-        figures = as_dict(result, candidate)
+        figures = figures_of(result, candidate)
         lines.append(
             f"{number:<3}{figures['layout']:28}{candidate.training.micro_batch_size:>6}{candidate.training.recompute:>11}"
             f"{candidate.precision.recipe:>16}{candidate.tokens_per_second:>14,.0f}{100 * candidate.mfu:>6.1f}%"

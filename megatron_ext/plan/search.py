@@ -118,9 +118,10 @@ def search(config: RunConfig, vocab_size: int, gpus: int, gpu: Gpu, document: fl
     for parallel, training, layout in _layouts(config, encoder, gpus, gpu, result):
         for precision in _precisions(config, gpu):
             place = (layout, precision.recipe)
-            if place not in full and (not precision.is_fp8 or _fp8_fits(encoder, layout, training, config, precision)):
-                if not _try(result, encoder, works, Candidate(parallel, training, precision, layout)):
-                    full.add(place)
+            if place in full or (precision.is_fp8 and not _fp8_fits(encoder, layout, training, config, precision)):
+                continue
+            if not _try(result, encoder, works, Candidate(parallel, training, precision, layout)):
+                full.add(place)
     result.found.sort(key=lambda candidate: candidate.seconds)
     if not result.found:
         raise UserError(_nothing(result))

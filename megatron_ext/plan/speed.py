@@ -59,8 +59,8 @@ def predict(gpu: Gpu, work: Workload, run: Execution, constants: Constants = CAL
     parts = Parts()
     for name in ("products", "attention", "memory", "recomputed", "waiting_for_host", "tensor", "context", "pipeline"):
         setattr(parts, name, micro_batches * getattr(stage, name))
-    # The last stage sets the pace, and the others wait for its head: of a GPU's time the head has 1 / p, waiting the rest. Filling and
-    # draining the pipeline costs (p - 1) / v micro-batches more.
+    # The last stage sets the pace, and the others wait for its head: it is busy for 1 / p of that time on the mean GPU. Filling
+    # and draining the pipeline costs (p - 1) / v micro-batches more.
     parts.head = micro_batches * head / run.pipeline
     parts.bubble = micro_batches * head - parts.head + (run.pipeline - 1) / run.virtual * (stage.total + head / run.pipeline)
     parts.optimizer = optimizer_seconds(gpu, work, run)

@@ -34,7 +34,7 @@ from megatron_ext.plan.hardware import GPUS, Gpu, find_gpu
 from megatron_ext.plan.kernels import ATTENTION_RATES, CALIBRATED, Constants, attention_rate, product_seconds
 from megatron_ext.plan.memory import rank_memory
 from megatron_ext.plan.phases import phase_works
-from megatron_ext.plan.recommend import PAYS, as_dict, choose, fp8_gain, reasons, settings, yaml_block
+from megatron_ext.plan.recommend import PAYS, choose, figures_of, fp8_gain, reasons, settings, yaml_block
 from megatron_ext.plan.search import Search, search
 from megatron_ext.plan.speed import predict
 from megatron_ext.plan.workload import Shape, Workload
@@ -305,7 +305,7 @@ def test_whole_plan_is_counted(found: Search) -> None:
     assert clm.work.causal and clm.work.predicted_share == 1.0
     assert not mlm.work.causal and mlm.work.predicted_share == 0.4
     assert best.seconds == pytest.approx(100 * clm.seconds + 300 * mlm.seconds)
-    figures = as_dict(found, best)
+    figures = figures_of(found, best)
     assert figures["gpu_hours"] == pytest.approx(16 * best.seconds / 3600)
     assert best.tokens == 400 * 1024 * 2048
 
