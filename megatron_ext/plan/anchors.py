@@ -4,36 +4,13 @@ Which rows calibrate follows from a rule, not from how well they fit: every othe
 those in BF16 or FP8 on H100s whose conditions are published. The others are held out. No constant belongs to a single row.
 """
 
-from dataclasses import dataclass
-
+from megatron_ext.plan.anchor import Anchor
 from megatron_ext.plan.execution import Execution
-from megatron_ext.plan.hardware import GPUS, Gpu
+from megatron_ext.plan.hardware import Gpu
 from megatron_ext.plan.workload import Shape, Workload
 
-H100 = GPUS["h100"]
 MI250X_DIE = Gpu("mi250x", 191.5e12, 0, 64e9, 1.6e12, 200e9, network=12.5e9, processors=110)
 """One of the two dies that count as devices (AMD's data sheet, halved); no efficiency of it is known here."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Anchor:
-    """One published row."""
-
-    name: str
-    source: str
-    work: Workload
-    run: Execution
-    tokens_per_second: float
-    """Published, or from the published TFLOP/s, of one GPU."""
-    published: str
-    """The figure as it was published, and how its author counts."""
-    assumed: str = ""
-    """Conditions that were not published."""
-    gpu: Gpu = H100
-    calibrates: bool = False
-    known: bool = True
-    """Enough was published to say what the row should give; else it is shown and counts for nothing."""
-
 
 MEGATRON = "Megatron-LM README (2024)"
 FOUNDRY = "llm-foundry, scripts/train/benchmarking"

@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_ext.errors import UserError
-from megatron_ext.plan.anchors import ANCHORS, Anchor
+from megatron_ext.plan.anchor import Anchor
+from megatron_ext.plan.anchors import ANCHORS
 from megatron_ext.plan.kernels import CALIBRATED, Constants
 from megatron_ext.plan.speed import Prediction, predict
+from megatron_ext.plan.targets import predict_targets
 
 LOWEST = Constants(operand_traffic=0.0, exposed=0.05, triton_attention=0.2)
 HIGHEST = Constants(operand_traffic=6.0, exposed=0.9, triton_attention=1.0)
@@ -82,7 +84,8 @@ def as_dict(rows: Sequence[Row], constants: Constants) -> dict[str, Any]:
         }
         for row in rows
     ]
-    return {"constants": asdict(constants), "errors": summary, "rows": table}
+    targets = [asdict(target) for target in predict_targets(constants)]
+    return {"constants": asdict(constants), "errors": summary, "rows": table, "targets": targets}
 
 
 def render(rows: Sequence[Row], constants: Constants) -> list[str]:
@@ -97,4 +100,9 @@ def render(rows: Sequence[Row], constants: Constants) -> list[str]:
         median, worst = error_summary(rows, use)
         count = sum(row.use == use for row in rows)
         lines.append(f"{use}: {count} rows, median error {100 * median:.1f} %, worst {100 * worst:.1f} %")
+    lines += ["", "one H100, BF16, s 2048, MLM at 0.4, tokens/s (MFU): predicted, not measured", ""]
+    lines.append(f"{'model':10}{'target':>18}{'as built':>18}{'larger chunks':>18}{'and fused loss':>18}")
+    for target in predict_targets(constants):
+        figures = (target.target, target.target_mfu), target.as_built, target.larger_chunks, target.fused_loss
+        lines.append(f"{target.preset:10}" + "".join(f"{f'{speed:,.0f} ({100 * mfu:.1f} %)':>18}" for speed, mfu in figures))
     return lines
