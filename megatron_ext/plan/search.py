@@ -182,9 +182,8 @@ def _sizes(config: RunConfig, encoder: EncoderConfig, gpus: int, gpu: Gpu) -> It
 
 
 def _micro_batches(global_batch: int, ranks: int) -> list[int]:
-    """Sizes to try: divisors of a rank's samples. An empty-handed rank is tried with 1, for the check to say what is wrong."""
-    samples = global_batch // ranks
-    return [n for n in _divisors(samples) if n <= LARGEST_MICRO_BATCH] if samples else [1]
+    """Sizes to try: divisors of a rank's samples. A batch that does not divide is tried with 1, for the check to say so."""
+    return [n for n in _divisors(global_batch // ranks) if n <= LARGEST_MICRO_BATCH] if global_batch % ranks == 0 else [1]
 
 
 def _divisors(number: int) -> list[int]:
