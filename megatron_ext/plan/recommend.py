@@ -153,11 +153,11 @@ def figures_of(result: Search, candidate: Candidate) -> dict[str, Any]:
 def settings(result: Search, candidate: Candidate) -> dict[str, dict[str, Any]]:
     """The sections of the configuration that a candidate decides."""
     training = {"micro_batch_size": candidate.training.micro_batch_size, "recompute": candidate.training.recompute}
-    sections = {
-        "parallel": dict(vars(candidate.parallel)),
-        "precision": {"recipe": candidate.precision.recipe},
-        "training": training,
-    }
+    precision = {"recipe": candidate.precision.recipe}
+    for name in ("emulation", "fp8_parameters"):  # what the configuration says of another recipe may not hold for this one
+        if getattr(result.config.precision, name) != getattr(candidate.precision, name):
+            precision[name] = getattr(candidate.precision, name)
+    sections = {"parallel": dict(vars(candidate.parallel)), "precision": precision, "training": training}
     validation = result.config.validation
     layout = candidate.layout
     multiple = candidate.training.micro_batch_size * layout.data * (layout.pipeline if layout.virtual_pipeline > 1 else 1)

@@ -160,7 +160,7 @@ def _layouts(
                     pipeline=pipeline,
                     virtual_pipeline=chunks,
                     context=context,
-                    distributed_optimizer=ranks * context > 1,
+                    distributed_optimizer=ranks * context > 1 or config.precision.fp8_parameters,
                     overlap_gradient_reduce=ranks * context > 1,
                     overlap_parameter_gather=ranks * context > 1,
                     overlap_tensor_communication=tensor > 1,

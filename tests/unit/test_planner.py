@@ -357,6 +357,19 @@ def test_block_for_the_yaml_is_read_as_it_was_meant(found: Search, tmp_path: Pat
     assert block["training"] == {"micro_batch_size": best.training.micro_batch_size, "recompute": best.training.recompute}
 
 
+def test_block_takes_back_what_holds_for_fp8_only(found: Search) -> None:
+    precision = PrecisionConfig(recipe="fp8-tensorwise", fp8_parameters=True)
+    given = dataclasses.replace(run_config(), precision=precision, parallel=ParallelConfig(distributed_optimizer=True))
+    result = search(given, VOCABULARY, 4, H100)
+    best = choose(result)[0]
+    sections = settings(result, best)
+    assert sections["precision"] == {"recipe": "bf16", "fp8_parameters": False}
+    merged = dataclasses.replace(
+        given, **{name: dataclasses.replace(getattr(given, name), **new) for name, new in sections.items()}
+    )
+    assert merged.parallel == best.parallel and merged.precision == best.precision
+
+
 def test_unknown_gpu_is_named() -> None:
     with pytest.raises(UserError, match="'h101'.*a100, h100, h200, b200"):
         find_gpu("h101")
