@@ -18,7 +18,11 @@ class Backend:
     device: torch.device
     layers: Literal["local", "transformer_engine"]
     """Torch modules with SDPA, or Transformer Engine modules."""
-    communication: Literal["gloo", "nccl"]
+    communication: Literal["gloo", "nccl", "fake"]
+    """`fake` sends nothing: one process builds what a rank of many would."""
+
+    capability: tuple[int, int] | None = None
+    """Compute capability of the GPU; None without one."""
 
     @property
     def name(self) -> str:
@@ -50,7 +54,14 @@ def choose_backend(requested: Literal["auto", "local", "transformer_engine"]) ->
         )
     layers = "local" if missing or requested == "local" else "transformer_engine"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if has_gpu else torch.device("cpu")
-    return Backend(device=device, layers=layers, communication="nccl" if has_gpu else "gloo")
+    capability = torch.cuda.get_device_capability() if has_gpu else None
+    return Backend(device=device, layers=layers, communication="nccl" if has_gpu else "gloo", capability=capability)
+
+
+def expected_backend(requested: Literal["auto", "local", "transformer_engine"], capability: tuple[int, int]) -> Backend:
+    """What a run gets on a GPU of this compute capability where Transformer Engine is installed."""
+    layers: Literal["local", "transformer_engine"] = "local" if requested == "local" else "transformer_engine"
+    return Backend(torch.device("cuda"), layers, "nccl", capability)
 
 
 def check_overlap(parallel: ParallelConfig, backend: Backend) -> None:
@@ -67,3 +78,19 @@ def check_overlap(parallel: ParallelConfig, backend: Backend) -> None:
             "parallel.overlap_tensor_communication is true, but this run has torch's layers: only Transformer Engine overlaps "
             "tensor-parallel communication, and it needs a GPU"
         )
+
+
+def pretended_backend(requested: Literal["auto", "local", "transformer_engine"]) -> Backend:
+    """The backend of a dry run: shapes without numbers, and Transformer Engine's modules wherever they are installed.
+
+    Args:
+        requested: `training.backend` of the configuration.
+
+    Raises:
+        UserError: Transformer Engine was asked for and is not installed here.
+    """
+    check_apex()
+    has_modules = requested != "local" and has_transformer_engine()
+    if requested == "transformer_engine" and not has_modules:
+        raise UserError("training.backend is transformer_engine, but Transformer Engine is not installed here: use auto or local")
+    return Backend(torch.device("meta"), "transformer_engine" if has_modules else "local", "fake")

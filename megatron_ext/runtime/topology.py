@@ -131,6 +131,19 @@ def rank_from_environment() -> int:
 
 
 @contextmanager
+def pretended_groups(layout: Layout, backend: Backend, rank: int) -> Iterator[None]:
+    """Context with the groups that one rank of this layout would have, in a single process; nothing is ever sent."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
+    try:
+        with process_groups(layout, backend):
+            yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@contextmanager
 def process_groups(layout: Layout, backend: Backend, timeout: timedelta = timedelta(minutes=10)) -> Iterator[None]:
     """Context with megatron's groups for this layout, and with the device bound.
 
@@ -167,4 +180,5 @@ def initialize(layout: Layout, backend: Backend, timeout: timedelta = timedelta(
         context_parallel_size=layout.context,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         distributed_timeout_minutes=timeout / timedelta(minutes=1),  # a fraction is as good: it goes into a timedelta
+        create_gloo_process_groups=backend.communication != "fake",
     )

@@ -44,7 +44,8 @@ def build_optimizer(
         overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
         **optimizer_settings(precision or PrecisionConfig()),
     )
-    return get_megatron_optimizer(megatron_config, chunks)
+    has_gloo_groups = torch.distributed.get_backend() != "fake"
+    return get_megatron_optimizer(megatron_config, chunks, use_gloo_process_groups=has_gloo_groups)
 
 
 def learning_rate(config: OptimizerConfig, plan: PhasePlan, step: int) -> float:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,12 +17,20 @@ from megatron_ext.model.encoder import padded_vocab_size
 from megatron_ext.model.presets import EncoderConfig, build_encoder_config
 from megatron_ext.objective import OBJECTIVES, PhasePlan, Vocabulary
 from megatron_ext.runtime.backend import Backend, check_overlap, choose_backend
-from megatron_ext.runtime.capabilities import has_transformer_engine
-from megatron_ext.runtime.precision import check_precision, has_kernels, small_width_warning
+from megatron_ext.runtime.precision import check_precision, small_width_warning
 from megatron_ext.runtime.topology import Layout, check_layout, rank_from_environment
 from megatron_ext.train.start import Start, find_start
 
 SAMPLES_LOOKED_AT = 256
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a configuration resolves to by itself, whatever the data and the machine."""
+
+    encoder: EncoderConfig
+    plan: PhasePlan
+    layout: Layout
 
 
 @dataclass(frozen=True)
@@ -61,11 +69,26 @@ class RunSetup:
     @property
     def dtype(self) -> torch.dtype:
         """Numbers of weights and activations."""
-        return torch.float32 if self.config.precision.recipe == "fp32" else torch.bfloat16
+        return weights_dtype(self.config)
 
 
-def prepare(config: RunConfig, world_size: int) -> RunSetup:
-    """Check a configuration against the tokenizer, the data and the number of ranks.
+def weights_dtype(config: RunConfig) -> torch.dtype:
+    """Numbers of weights and activations."""
+    return torch.float32 if config.precision.recipe == "fp32" else torch.bfloat16
+
+
+def backend_request(config: RunConfig) -> Literal["auto", "local", "transformer_engine"]:
+    """The layers that the configuration asks for; emulated FP8 is part of the local ones."""
+    return "local" if config.precision.emulation else config.training.backend
+
+
+def check_structure(config: RunConfig, world_size: int, backend: Backend) -> Structure:
+    """Check all that needs neither data nor tokenizer: a dry run refuses what this refuses.
+
+    Args:
+        config: the run.
+        world_size: number of ranks.
+        backend: what it will run on, here or elsewhere.
 
     Raises:
         UserError: the first thing that does not fit.
@@ -80,26 +103,36 @@ def prepare(config: RunConfig, world_size: int) -> RunSetup:
             f"{encoder.max_position_embeddings}: raise the latter or shorten the samples"
         )
     layout = _check_layout(config, encoder, world_size)
-    _check_precision(config, encoder, layout)
+    _check_precision(config, encoder, layout, backend)
+    check_overlap(config.parallel, backend)
     plan = PhasePlan.from_config(config)
     _check_schedule(config, plan)
+    return Structure(encoder, plan, layout)
+
+
+def prepare(config: RunConfig, world_size: int) -> RunSetup:
+    """Check a configuration against the number of ranks, the tokenizer, the data and this machine.
+
+    Raises:
+        UserError: the first thing that does not fit.
+    """
+    backend = choose_backend(backend_request(config))
+    structure = check_structure(config, world_size, backend)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    vocabulary = _vocabulary(config, tokenizer)
+    vocabulary = resolve_vocabulary(config, tokenizer)
     data_record = [_check_source(source, "train", tokenizer) for source in config.data.train]
     data_record += [_check_source(source, "validation", tokenizer) for source in config.data.validation]
     training_data, validation_data = _open_data(config)
     _check_ids(config, training_data, tokenizer)
     if validation_data is not None:
         _warn_of_repetitions(config, validation_data)
-    backend = choose_backend("local" if config.precision.emulation else config.training.backend)
-    check_overlap(config.parallel, backend)
     return RunSetup(
         config=config,
-        encoder=encoder,
+        encoder=structure.encoder,
         tokenizer=tokenizer,
         vocabulary=vocabulary,
-        plan=plan,
-        layout=layout,
+        plan=structure.plan,
+        layout=structure.layout,
         backend=backend,
         training_data=training_data,
         validation_data=validation_data,
@@ -108,14 +141,9 @@ def prepare(config: RunConfig, world_size: int) -> RunSetup:
     )
 
 
-def _check_precision(config: RunConfig, encoder: EncoderConfig, layout: Layout) -> None:
-    if not config.precision.is_fp8:
-        return
+def _check_precision(config: RunConfig, encoder: EncoderConfig, layout: Layout, backend: Backend) -> None:
     tokens = config.training.micro_batch_size * config.data.sequence_length // config.parallel.context
-    kernels = has_kernels(config.precision)
-    capability = torch.cuda.get_device_capability() if kernels and torch.cuda.is_available() else None
-    has_te = kernels and capability is not None and has_transformer_engine()
-    check_precision(config.precision, encoder, layout, tokens, capability, has_te)
+    check_precision(config.precision, encoder, layout, tokens, backend.capability, backend.layers == "transformer_engine")
     warning = small_width_warning(config.precision, encoder.hidden_size)
     if warning and rank_from_environment() == 0:
         warn(warning)
@@ -154,7 +182,12 @@ def _check_schedule(config: RunConfig, plan: PhasePlan) -> None:
         raise UserError(f"training.stop_at_step is {stop}: the plan has {plan.total_steps} steps")
 
 
-def _vocabulary(config: RunConfig, tokenizer: Tokenizer) -> Vocabulary:
+def resolve_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> Vocabulary:
+    """What masking must know of the tokenizer.
+
+    Raises:
+        UserError: the run hides tokens and the tokenizer has no mask token.
+    """
     masks = any(OBJECTIVES[name].corrupts for phase in PhasePlan.from_config(config).phases for name in phase.weights)
     if tokenizer.mask_id is None and (masks or config.validation.interval):
         raise UserError(

@@ -1,0 +1,1 @@
+"""What a run would take, before it runs: memory, communication, and a dry run of every rank."""
