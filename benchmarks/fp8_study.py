@@ -45,8 +45,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The demo's plan under every precision recipe, FP8 emulated.")
     parser.add_argument("--output-dir", type=Path, default=Path("build/fp8_study"), help="folder for runs and results")
     parser.add_argument("--picture", type=Path, help="where the picture goes (default: in --output-dir)")
-    parser.add_argument("--clm-steps", type=int, default=60, help="steps of the first phase")
-    parser.add_argument("--mlm-steps", type=int, default=90, help="steps of the second phase")
+    parser.add_argument("--clm-steps", type=int, default=150, help="steps of the first phase")
+    parser.add_argument("--mlm-steps", type=int, default=210, help="steps of the second phase")
     parser.add_argument("--sequence-length", type=int, default=64, help="tokens in a sample")
     parser.add_argument("--batch", type=int, default=8, help="samples in a step")
     arguments = parser.parse_args()
@@ -118,7 +118,7 @@ def options(name: str, folder: Path, arguments: argparse.Namespace) -> list[str]
         "training.global_batch_size": arguments.batch,
         "training.log_interval": 1,
         "training.seed": 1 if name == OTHER_SEED else 0,
-        "validation.interval": arguments.clm_steps // 2,
+        "validation.interval": arguments.clm_steps // 3,
         "validation.samples": 64,
         "checkpoint.interval": 0,
         "tracking.mlflow": "false",
