@@ -324,6 +324,9 @@ class OptimizerConfig:
         )
 
 
+Recompute = Literal["none", "attention", "full"]
+
+
 @dataclass(kw_only=True)
 class TrainingConfig:
     """Batch sizes, numbers and what ends the run."""
@@ -334,7 +337,7 @@ class TrainingConfig:
     """Samples in one forward pass of one data-parallel rank."""
     global_batch_size: int = 8
     """Samples in one optimizer step."""
-    recompute: Literal["none", "attention", "full"] = "none"
+    recompute: Recompute = "none"
     """What the backward pass computes again instead of keeping it: nothing, the core attention, or whole layers."""
     backend: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layers: torch modules, Transformer Engine modules, or what this machine has."""
@@ -457,6 +460,20 @@ class RunConfig:
         require(
             not self.precision.fp8_parameters or self.parallel.distributed_optimizer,
             "precision.fp8_parameters is true: it needs parallel.distributed_optimizer to be true as well",
+        )
+        self._check_backend()
+
+    def _check_backend(self) -> None:
+        """FP8 kernels are Transformer Engine's, and emulation replaces the torch layers' products."""
+        precision, backend = self.precision, self.training.backend
+        require(
+            not precision.emulation or backend != "transformer_engine",
+            "precision.emulation is true with training.backend transformer_engine: it replaces the torch layers; use auto or local",
+        )
+        require(
+            not precision.is_fp8 or precision.emulation or backend != "local",
+            f"precision.recipe is {precision.recipe} with training.backend local: FP8 kernels are Transformer Engine's; use auto, "
+            "or set precision.emulation to true",
         )
 
     def as_dict(self) -> dict[str, Any]:

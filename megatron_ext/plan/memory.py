@@ -3,12 +3,12 @@
 from dataclasses import dataclass, fields
 
 from megatron_ext.config import PrecisionConfig, TrainingConfig
-from megatron_ext.model.encoder import padded_vocab_size
-from megatron_ext.model.head import LOGITS_PER_CHUNK
-from megatron_ext.model.presets import EncoderConfig
+from megatron_ext.model.presets import EncoderConfig, padded_vocab_size
 from megatron_ext.plan.shards import buffer_ranges, is_fp8, is_fp8_layer, stage_chunks
 from megatron_ext.runtime.topology import Layout
 
+LOGITS_PER_CHUNK = 2**25
+"""That of `model.head`, whose import takes megatron-core's time."""
 FLOAT32 = 4
 MOMENTS = 2 * FLOAT32
 

@@ -26,11 +26,15 @@ class Layout:
     data: int
     sequence_parallel: bool
     distributed_optimizer: bool
+    overlap_gradient_reduce: bool = False
+    overlap_parameter_gather: bool = False
+    overlap_tensor_communication: bool = False
 
     def __str__(self) -> str:
         interleaved = f" x{self.virtual_pipeline} chunks" if self.virtual_pipeline > 1 else ""
         sequence = "+SP" if self.sequence_parallel else ""
-        return f"TP{self.tensor}{sequence} x PP{self.pipeline}{interleaved} x DP{self.data}"
+        context = f" x CP{self.context}" if self.context > 1 else ""
+        return f"TP{self.tensor}{sequence} x PP{self.pipeline}{interleaved}{context} x DP{self.data}"
 
     def micro_batches(self, training: TrainingConfig) -> int:
         """Micro-batches that one data-parallel rank runs in one optimizer step."""
@@ -38,7 +42,13 @@ class Layout:
 
 
 def check_layout(
-    parallel: ParallelConfig, training: TrainingConfig, num_layers: int, shards: dict[str, int], world_size: int
+    parallel: ParallelConfig,
+    training: TrainingConfig,
+    num_layers: int,
+    shards: dict[str, int],
+    world_size: int,
+    *,
+    tokens: int | None = None,
 ) -> Layout:
     """Check that the sizes fit together. The only place where they are multiplied.
 
@@ -46,22 +56,26 @@ def check_layout(
         parallel: the configured sizes.
         training: batch sizes.
         num_layers: transformer layers of the model.
-        shards: sizes that tensor parallelism splits, by name: heads, key/value heads, FFN width, tokens of a micro-batch.
+        shards: sizes that tensor parallelism splits, by name: heads, key/value heads, FFN width.
         world_size: number of ranks.
+        tokens: of a micro-batch, which context and sequence parallelism split; None where none is ever run.
 
     Raises:
         UserError: naming the factor that does not fit.
     """
-    model_ranks = parallel.tensor * parallel.pipeline
+    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % model_ranks:
+        context = f" x parallel.context {parallel.context}" if parallel.context > 1 else ""
         raise UserError(
-            f"{world_size} ranks cannot hold parallel.tensor {parallel.tensor} x parallel.pipeline {parallel.pipeline} = "
+            f"{world_size} ranks cannot hold parallel.tensor {parallel.tensor} x parallel.pipeline {parallel.pipeline}{context} = "
             f"{model_ranks}: start a multiple of {model_ranks} ranks"
         )
     data = world_size // model_ranks
     for name, size in shards.items():
         if size % parallel.tensor:
             raise UserError(f"parallel.tensor is {parallel.tensor}: it does not divide {name} {size}")
+    if tokens is not None:
+        _check_tokens(parallel, tokens)
     stages = parallel.pipeline * parallel.virtual_pipeline
     if num_layers % stages:
         raise UserError(
@@ -89,7 +103,21 @@ def check_layout(
         data=data,
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
         distributed_optimizer=parallel.distributed_optimizer,
+        overlap_gradient_reduce=parallel.overlap_gradient_reduce,
+        overlap_parameter_gather=parallel.overlap_parameter_gather,
+        overlap_tensor_communication=parallel.overlap_tensor_communication,
     )
+
+
+def _check_tokens(parallel: ParallelConfig, tokens: int) -> None:
+    if tokens % parallel.tensor:
+        raise UserError(f"parallel.tensor is {parallel.tensor}: it does not divide the tokens of a micro-batch, {tokens}")
+    if tokens % (parallel.context * parallel.tensor):
+        tensor = f" x parallel.tensor {parallel.tensor}" if parallel.tensor > 1 else ""
+        raise UserError(
+            f"parallel.context is {parallel.context}: parallel.context{tensor} does not divide the tokens of a micro-batch, "
+            f"{tokens} (training.micro_batch_size x data.sequence_length)"
+        )
 
 
 def world_size_from_environment() -> int:
@@ -149,6 +177,7 @@ def initialize(layout: Layout, backend: Backend, timeout: timedelta = timedelta(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         distributed_timeout_minutes=timeout / timedelta(minutes=1),  # a fraction is as good: it goes into a timedelta
         create_gloo_process_groups=backend.communication != "fake",
