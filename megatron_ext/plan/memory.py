@@ -9,6 +9,8 @@ from megatron_ext.runtime.topology import Layout
 
 LOGITS_PER_CHUNK = 2**25
 """That of `model.head`, whose import takes megatron-core's time."""
+CPU_LIBRARIES = 24 * 2**20
+"""Buffers that torch's libraries keep for themselves on a CPU: measured, docs/results/memory.md."""
 FLOAT32 = 4
 MOMENTS = 2 * FLOAT32
 
@@ -75,7 +77,7 @@ def rank_memory(
         optimizer=optimizer,
         activations=activations,
         logits=logits,
-        workspace=max(head_workspace, _layer_workspace(encoder, layout, training, row, on_cpu)),
+        workspace=max(head_workspace, _layer_workspace(encoder, layout, training, row, on_cpu)) + on_cpu * CPU_LIBRARIES,
     )
 
 
