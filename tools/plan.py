@@ -26,7 +26,7 @@ LLAMA3_VOCABULARY = 128_256
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandLine)
     _add_dry_run(commands)
     _add_recommend(commands)
     _add_validate(commands)
@@ -51,6 +51,7 @@ def _add_dry_run(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--vocab-size", type=int, metavar="N", help="default: that of data.tokenizer, whose files must be here then"
     )
+    parser.add_argument("--gpu", default="h100", metavar="G", help="of the run's machines: a100, h100 (default), h200 or b200")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
     parser.set_defaults(run=run_dry_run)
 
@@ -123,8 +124,9 @@ def run_dry_run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     check_apex()
     from megatron_ext.plan.dry_run import dry_run
     from megatron_ext.plan.dry_run_text import as_dict, render
+    from megatron_ext.plan.hardware import find_gpu
 
-    result = dry_run(config, arguments.world_size, ranks, arguments.vocab_size)
+    result = dry_run(config, arguments.world_size, ranks, arguments.vocab_size, find_gpu(arguments.gpu))
     _show(as_dict(result) if arguments.json else render(result))
     return 0
 
