@@ -58,7 +58,7 @@ def choose_backend(requested: Literal["auto", "local", "transformer_engine"]) ->
     return Backend(device=device, layers=layers, communication="nccl" if has_gpu else "gloo", capability=capability)
 
 
-def expected_backend(requested: Literal["auto", "local", "transformer_engine"], capability: tuple[int, int]) -> Backend:
+def expected_backend(requested: Literal["auto", "local", "transformer_engine"], capability: tuple[int, int] | None) -> Backend:
     """What a run gets on a GPU of this compute capability where Transformer Engine is installed."""
     layers: Literal["local", "transformer_engine"] = "local" if requested == "local" else "transformer_engine"
     return Backend(torch.device("cuda"), layers, "nccl", capability)

@@ -17,6 +17,7 @@ from megatron_ext.data.loader import BatchBuilder, StepData, TrainingLoader
 from megatron_ext.errors import say
 from megatron_ext.model.encoder import EncoderModel
 from megatron_ext.model.fp8_emulation import end_step
+from megatron_ext.runtime.allocator import give_back_freed_memory
 from megatron_ext.runtime.cpu import patch_megatron
 from megatron_ext.runtime.precision import emulation_notice
 from megatron_ext.runtime.topology import process_groups, rank_from_environment, world_size_from_environment
@@ -69,6 +70,8 @@ def train(config: RunConfig) -> int:
     if notice and rank_from_environment() == 0:
         say(notice)
     use_all_cores()
+    if setup.backend.device.type == "cpu":
+        give_back_freed_memory()
     patch_megatron()
     timeout = 60 * config.training.timeout_minutes
     groups = process_groups(setup.layout, setup.backend, group_timeout(config))
