@@ -4,7 +4,7 @@
 
 The same data, masks, initial weights and steps each time; only the numbers differ. A last run in bfloat16 with other weights,
 data order and masks shows how far two runs lie apart that differ in nothing that matters. All layers are in FP8, none is left in
-bfloat16. Runs that are complete are not run again.
+bfloat16. A study that was interrupted goes on where it was.
 """
 
 import argparse
@@ -122,6 +122,7 @@ def options(name: str, folder: Path, arguments: argparse.Namespace) -> list[str]
         "validation.samples": 64,
         "checkpoint.interval": 0,
         "tracking.mlflow": "false",
+        "resume": "auto",
         "precision.recipe": "bf16" if name == OTHER_SEED else name,
         **{f"precision.{key}": value for key, value in emulated.items()},
     }
