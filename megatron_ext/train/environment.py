@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 
-import megatron_ext
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import SharedError, UserError, warn
 from megatron_ext.model.flops import count_parameters
@@ -171,7 +170,7 @@ def _gpu_facts(setup: RunSetup) -> dict[str, str]:
 @functools.cache
 def code_fingerprint() -> str:
     """SHA-256 over the names and contents of this package's modules."""
-    folder = Path(megatron_ext.__file__).parent
+    folder = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         content = path.read_bytes()
