@@ -11,7 +11,7 @@ from tests.distributed.faults import Job, assert_whole, finished, published, sha
 from tests.distributed.nodes import free_port, two_nodes
 from tests.distributed.test_training import run_training
 
-STEPS, INTERVAL = 400, 40
+STEPS, INTERVAL = 120, 20
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +30,20 @@ def last_checkpoint(output_dir: Path) -> Path:
     return output_dir / f"checkpoints/step_{STEPS:08d}"
 
 
-def wait_for_checkpoints(job: Job, count: int) -> None:
-    job.wait_until(lambda: len(published(job.output_dir)) >= count, f"{count} checkpoints")
+def kill_in_mid_run(dying: Job, staying: Job) -> None:
+    """SIGKILL to a node's torchrun and its rank, once there is a checkpoint; the run stands still from then on."""
+    rank = dying.wait_until(dying.workers, "its rank")[0]
+    dying.wait_until(lambda: published(dying.output_dir), "a checkpoint")
+    rank.suspend()
+    dying.kill_workers()
+    assert staying.last_step() < STEPS
 
 
 def test_a_node_that_is_killed_and_started_again(corpus: Corpus, undisturbed: dict[str, str], tmp_path: Path) -> None:
     tree, port = tree_of(corpus, tmp_path / "run"), free_port()
     with two_nodes() as (first, second), first.start(tree, tmp_path, port) as staying:
         with second.start(tree, tmp_path, port) as dying:
-            wait_for_checkpoints(staying, 2)
-            dying.kill_workers()
-        assert staying.last_step() < STEPS
+            kill_in_mid_run(dying, staying)
         with second.start(tree, tmp_path, port) as back:
             finished(back)
         assert staying.wait() == 0, staying.text[-3000:]
