@@ -41,7 +41,14 @@ class Node:
         """Start torchrun here with one rank; the rendezvous is on the first node."""
         endpoint = f"{ADDRESSES[0] if self.is_apart else self.address}:{port}"
         launcher = ["--nnodes", nodes, "--nproc-per-node", "1", "--max-restarts", str(restarts)]
-        launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-conf", f"is_host={int(self.number == 0)},{RENDEZVOUS}"]
+        launcher += [
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            endpoint,
+            "--rdzv-conf",
+            f"is_host={int(self.number == 0)},{RENDEZVOUS}",
+        ]
         launcher += ["--local-addr", self.address]
         prefix = ("ip", "netns", "exec", self.namespace) if self.is_apart else ()
         interface = {"GLOO_SOCKET_IFNAME": INTERFACE} if self.is_apart else {}
