@@ -37,6 +37,10 @@ class Node:
         """Take the cable out: nothing comes through, and nobody is told."""
         _ip("-n", self.namespace, "link", "set", INTERFACE, "down")
 
+    def plug_in(self) -> None:
+        """Put it back."""
+        _ip("-n", self.namespace, "link", "set", INTERFACE, "up")
+
     def start(self, tree: dict[str, Any], folder: Path, port: int, nodes: str = "2", restarts: int = 3, **variables: str) -> Job:
         """Start torchrun here with one rank; the rendezvous is on the first node."""
         endpoint = f"{ADDRESSES[0] if self.is_apart else self.address}:{port}"

@@ -1,15 +1,18 @@
 """Plain torchrun on two nodes: a node is killed in mid-run and started again, and the run ends as if nothing had happened."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_ext.runtime.launch import run_on_ranks
 from tests.conftest import Corpus
 from tests.distributed.faults import Job, assert_whole, finished, published, shard_sums, small_tree
 from tests.distributed.nodes import free_port, two_nodes
-from tests.distributed.test_training import run_training
+from tests.distributed.test_interruptions import batch_log
+from tests.distributed.test_training import WEIGHT_TOLERANCE, Run, run_training
 
 STEPS, INTERVAL = 120, 20
 
@@ -49,3 +52,59 @@ def test_a_node_that_is_killed_and_started_again(corpus: Corpus, undisturbed: di
         assert staying.wait() == 0, staying.text[-3000:]
     assert shard_sums(last_checkpoint(tmp_path / "run")) == undisturbed
     assert_whole(last_checkpoint(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_the_node_that_keeps_the_rendezvous_is_killed(corpus: Corpus, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    """The other torchrun ends by itself; the same commands on both go on."""
+    tree, port = tree_of(corpus, tmp_path / "run"), free_port()
+    with two_nodes() as (first, second):
+        with second.start(tree, tmp_path, port) as left_alone, first.start(tree, tmp_path, port) as dying:
+            kill_in_mid_run(dying, left_alone)
+            assert left_alone.wait() != 0
+            left_alone.wait_until_gone()
+        with first.start(tree, tmp_path, port) as one, second.start(tree, tmp_path, port) as other:
+            finished(one)
+            finished(other)
+    assert shard_sums(last_checkpoint(tmp_path / "run")) == undisturbed
+
+
+@pytest.mark.slow
+def test_one_node_goes_on_alone(corpus: Corpus, tmp_path: Path) -> None:
+    """With `--nnodes 1:2`: the same samples and masks, the same global batch, the same model up to rounding."""
+    logged = {"training": {"micro_batch_size": 2, "global_batch_size": 4, "log_interval": 1, "log_batches": True}}
+    tree, port = tree_of(corpus, tmp_path / "run", **logged), free_port()
+    with two_nodes() as (first, second), first.start(tree, tmp_path, port, nodes="1:2") as staying:
+        with second.start(tree, tmp_path, port, nodes="1:2") as dying:
+            dying.wait_until(dying.workers, "its rank")
+            assert int(dying.workers()[0].environ()["WORLD_SIZE"]) == 2
+            kill_in_mid_run(dying, staying)
+        assert staying.wait() == 0, staying.text[-3000:]
+    alone = tree_of(corpus, tmp_path / "alone", **logged)
+    run_on_ranks(run_training, 1, [alone])
+    assert batch_log(tmp_path / "run") == batch_log(tmp_path / "alone")
+    assert json.loads((last_checkpoint(tmp_path / "run") / "run.json").read_text())["parallel"]["data"] == 1
+    expected, found = Run(tmp_path / "alone", []), Run(tmp_path / "run", [])
+    for key, tensor in expected.weights(STEPS).items():
+        torch.testing.assert_close(found.weights(STEPS)[key], tensor, rtol=0, atol=WEIGHT_TOLERANCE)
+
+
+@pytest.mark.slow
+def test_a_node_whose_network_is_gone_without_a_word(corpus: Corpus, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    """Nothing closes a connection: the watchdog finds out, and the node that is plugged in again goes on with the other."""
+    tree, port = tree_of(corpus, tmp_path / "run"), free_port()
+    tree["training"]["timeout_minutes"] = 0.5
+    with two_nodes() as (first, second):
+        if not first.is_apart:
+            pytest.skip("this machine makes no network namespaces")
+        with first.start(tree, tmp_path, port) as staying, second.start(tree, tmp_path, port) as cut_off:
+            cut_off.wait_until(lambda: published(cut_off.output_dir), "a checkpoint")
+            second.unplug()
+            staying.wait_until(lambda: "no progress for 30 s" in staying.text, "the watchdog's word")
+            assert "longer answer" in staying.text or "does not answer" in staying.text
+            cut_off.kill_all()
+            second.plug_in()
+            with second.start(tree, tmp_path, port) as back:
+                finished(back)
+            assert staying.wait() == 0, staying.text[-3000:]
+    assert shard_sums(last_checkpoint(tmp_path / "run")) == undisturbed
