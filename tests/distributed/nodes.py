@@ -12,8 +12,10 @@ from typing import Any
 
 from tests.distributed.faults import Job
 
-ADDRESSES = ("192.0.2.1", "192.0.2.2")
-"""Of the network that is reserved for documents; they exist in the namespaces alone."""
+ADDRESSES = ("192.0.2.2", "192.0.2.1")
+"""Of the network that is reserved for documents; they exist in the namespaces alone. torchrun counts nodes by address: the second,
+which does not keep the rendezvous, has rank 0 - and the first does, should it be alone."""
+LOOPBACK = ("127.0.0.2", "127.0.0.1")
 INTERFACE = "cable0"
 RENDEZVOUS = "keep_alive_interval=1,keep_alive_max_attempt=5,join_timeout=240,last_call_timeout=5,read_timeout=60"
 VARIABLES = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -43,7 +45,7 @@ class Node:
 
     def start(self, tree: dict[str, Any], folder: Path, port: int, nodes: str = "2", restarts: int = 3, **variables: str) -> Job:
         """Start torchrun here with one rank; the rendezvous is on the first node."""
-        endpoint = f"{ADDRESSES[0] if self.is_apart else self.address}:{port}"
+        endpoint = f"{(ADDRESSES if self.is_apart else LOOPBACK)[0]}:{port}"
         launcher = ["--nnodes", nodes, "--nproc-per-node", "1", "--max-restarts", str(restarts)]
         launcher += [
             "--rdzv-backend",
@@ -65,7 +67,7 @@ def two_nodes() -> Iterator[list[Node]]:
     names = [f"node{number}-{uuid.uuid4().hex[:8]}" for number in range(2)]
     try:
         if not _lay_cable(names):
-            yield [Node(number, "127.0.0.1", "") for number in range(2)]
+            yield [Node(number, address, "") for number, address in enumerate(LOOPBACK)]
             return
         yield [Node(number, address, name) for number, (address, name) in enumerate(zip(ADDRESSES, names, strict=True))]
     finally:

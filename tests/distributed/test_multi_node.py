@@ -1,15 +1,19 @@
 """Plain torchrun on two nodes: a node is killed in mid-run and started again, and the run ends as if nothing had happened."""
 
+import inspect
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 
 from megatron_ext.runtime.launch import run_on_ranks
 from tests.conftest import Corpus
-from tests.distributed.faults import Job, assert_whole, finished, published, shard_sums, small_tree
+from tests.distributed.faults import ROOT, Job, assert_whole, finished, published, shard_sums, small_tree
 from tests.distributed.nodes import free_port, two_nodes
 from tests.distributed.test_interruptions import batch_log
 from tests.distributed.test_training import WEIGHT_TOLERANCE, Run, run_training
@@ -33,6 +37,21 @@ def last_checkpoint(output_dir: Path) -> Path:
     return output_dir / f"checkpoints/step_{STEPS:08d}"
 
 
+def test_the_documents_commands_are_torchrun_s() -> None:
+    from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend, dynamic_rendezvous
+
+    source = inspect.getsource(dynamic_rendezvous) + inspect.getsource(c10d_rendezvous_backend)
+    pages = ((ROOT / name).read_text() for name in ("README.md", "docs/multi_node.md"))
+    text = "\n".join(block for page in pages for block in re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL))
+    commands = [line for line in text.replace("\\\n", "").splitlines() if line.startswith("torchrun --nnodes")]
+    assert len(commands) == 3
+    for command in commands:
+        told = get_args_parser().parse_args(shlex.split(command)[1:])
+        assert (told.rdzv_backend, told.training_script, told.max_restarts) == ("c10d", "pretrain_encoder.py", 3)
+        options = [option.split("=")[0] for option in told.rdzv_conf.split(",") if option]
+        assert [name for name in options if f'"{name.removesuffix("_timeout")}"' not in source] == []
+
+
 def kill_in_mid_run(dying: Job, staying: Job) -> None:
     """SIGKILL to a node's torchrun and its rank, once there is a checkpoint; the run stands still from then on."""
     rank = dying.wait_until(dying.workers, "its rank")[0]
@@ -43,10 +62,12 @@ def kill_in_mid_run(dying: Job, staying: Job) -> None:
 
 
 def test_a_node_that_is_killed_and_started_again(corpus: Corpus, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    """It has rank 0, and so the store of the ranks and the lock of the folder, but not the rendezvous."""
     tree, port = tree_of(corpus, tmp_path / "run"), free_port()
     with two_nodes() as (first, second), first.start(tree, tmp_path, port) as staying:
         with second.start(tree, tmp_path, port) as dying:
             kill_in_mid_run(dying, staying)
+            assert "step 1/" in dying.text
         with second.start(tree, tmp_path, port) as back:
             finished(back)
         assert staying.wait() == 0, staying.text[-3000:]
