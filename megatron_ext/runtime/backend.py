@@ -44,7 +44,8 @@ def choose_backend(requested: Literal["auto", "local", "transformer_engine"]) ->
         UserError: Transformer Engine was asked for and cannot be used here, or the installed `apex` is not NVIDIA's.
     """
     check_apex()
-    has_gpu = torch.cuda.is_available()
+    device = own_device()
+    has_gpu = device.type == "cuda"
     missing = [
         name for name, present in (("a CUDA device", has_gpu), ("Transformer Engine", has_transformer_engine())) if not present
     ]
@@ -53,7 +54,6 @@ def choose_backend(requested: Literal["auto", "local", "transformer_engine"]) ->
             f"training.backend is transformer_engine, but this machine has no {' and no '.join(missing)}: use auto or local"
         )
     layers = "local" if missing or requested == "local" else "transformer_engine"
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if has_gpu else torch.device("cpu")
     capability = torch.cuda.get_device_capability() if has_gpu else None
     return Backend(device=device, layers=layers, communication="nccl" if has_gpu else "gloo", capability=capability)
 
@@ -94,3 +94,10 @@ def pretended_backend(requested: Literal["auto", "local", "transformer_engine"])
     if requested == "transformer_engine" and not has_modules:
         raise UserError("training.backend is transformer_engine, but Transformer Engine is not installed here: use auto or local")
     return Backend(torch.device("meta"), "transformer_engine" if has_modules else "local", "fake")
+
+
+def own_device() -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
