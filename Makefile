@@ -5,7 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo adapt test test-slow soak bench-conversion lint clean
+PYTHON312 ?= python3.12
+COMPAT := .venv-compat
+
+.PHONY: install demo adapt test test-compat test-slow soak bench-conversion lint clean
 
 install: $(INSTALLED)
 
@@ -25,6 +28,15 @@ adapt: install
 # Three files at a time: most tests wait for processes of their own, so that two cores have room for a third.
 test: install
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
+
+# The same tests under the newest megatron-core that is supported, which needs Python 3.12. What came out: docs/results/compatibility.md.
+test-compat: $(COMPAT)/.installed
+	$(COMPAT)/bin/python -m pytest --numprocesses 3 --dist loadfile
+
+$(COMPAT)/.installed: setup.py constraints-compat.txt
+	test -x $(COMPAT)/bin/python || $(PYTHON312) -m venv $(COMPAT)
+	$(COMPAT)/bin/pip install --quiet --constraint constraints-compat.txt --editable '.[dev]'
+	touch $@
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
