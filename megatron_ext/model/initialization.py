@@ -35,6 +35,8 @@ def initialize_parameters(model: torch.nn.Module, encoder: EncoderConfig, vocab_
                 # megatron marks split weights only when it initializes them itself; without the mark the gradient norm
                 # would count this rank's part for a copy of the first rank's.
                 set_tensor_model_parallel_attributes(parameter, True, _partition_dim(name), 1)
+            if parameter.is_meta:  # a dry run has shapes and no numbers
+                continue
             name = global_name(model, name)
             residual = name.endswith(RESIDUAL_PROJECTIONS)
             std = encoder.init_std / math.sqrt(2 * encoder.num_layers) if residual else encoder.init_std

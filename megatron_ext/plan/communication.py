@@ -44,9 +44,9 @@ def step_traffic(
     traffic["pipeline"] = sent * micro_batches * stream / (layout.tensor if layout.sequence_parallel else 1)
     if layout.pipeline == 1:
         traffic["pipeline"] = 0.0
-    # Forward gathers keys and values, backward gathers them again and scatters their gradients.
+    # Forward gathers keys and values, and again where it is computed again; backward scatters their gradients.
     keys_and_values = 2 * tokens * layout.context * encoder.num_query_groups * encoder.head_dim // layout.tensor * element
-    traffic["context"] = micro_batches * layers * (3 + (training.recompute != "none")) * _share(layout.context) * keys_and_values
+    traffic["context"] = micro_batches * layers * (2 + (training.recompute != "none")) * _share(layout.context) * keys_and_values
 
     numbers = sum(shard.size for chunk in chunks for shard in chunk)
     fp8 = sum(shard.size for chunk in chunks for shard in chunk if is_fp8(shard, encoder, precision)) * precision.fp8_parameters

@@ -149,7 +149,8 @@ def _activations(
     if stage == 0:
         total += 8 * row.tokens * chunks_in_flight(layout, layout.micro_batches(training), 0) // layout.virtual_pipeline
     if stage == layout.pipeline - 1:
-        total += row.local * (encoder.hidden_size * row.element + FLOAT32)
+        stream = row.local * encoder.hidden_size
+        total += _composed_norm(row, stream) if on_cpu else stream * row.element + FLOAT32 * row.local
     return total
 
 
@@ -159,23 +160,46 @@ def layer_bytes(encoder: EncoderConfig, layout: Layout, recompute: str, row: _Ro
     if recompute == "full":
         return stream * row.element
     product = 1 if in_fp8 else row.element
-    statistics = 0 if on_cpu else 2 * FLOAT32 * row.local
-    norms = 2 * stream * row.element + 2 * stream * product + statistics
     ffn = row.tokens * encoder.ffn_hidden_size // layout.tensor
-    swiglu = ffn * (2 * row.element + product)
     if on_cpu:
-        swiglu = ffn * 5 * row.element  # without the fusion: gate, up, silu(gate) and their product, chunks of one tensor
-    return norms + _attention_bytes(encoder, layout, recompute, row, on_cpu, in_fp8) + swiglu
+        # torch composes the norm in float32 and keeps its steps; the gated unit keeps gate and up, silu(gate), a copy of up and
+        # their product; queries and keys each keep a sine and a cosine of the angles.
+        norms = 2 * _composed_norm(row, stream) + 2 * stream * row.element
+        gated = 5 * ffn * row.element
+        rotation = 4 * row.tokens * encoder.head_dim * row.element
+    else:
+        norms = 2 * (stream * (row.element + product) + FLOAT32 * row.local)
+        gated = ffn * (2 * row.element + product)
+        rotation = 0
+    return norms + rotation + _attention_bytes(encoder, layout, recompute, row, on_cpu, in_fp8) + gated
+
+
+def _composed_norm(row: _Row, stream: int) -> int:
+    """What a norm on a CPU keeps besides its result: input, normed input and one number a token, in float32."""
+    return FLOAT32 * (2 * stream + row.local)
 
 
 def _attention_bytes(encoder: EncoderConfig, layout: Layout, recompute: str, row: _Row, on_cpu: bool, in_fp8: bool) -> int:
+    """Queries, keys, values, result and the softmax's statistics; under context parallelism the keys of the whole row."""
     heads = encoder.num_attention_heads // layout.tensor
     groups = encoder.num_query_groups // layout.tensor
-    width = encoder.head_dim
-    queries, keys = row.tokens * heads * width, row.tokens * groups * width
-    inputs = queries + 2 * (queries if on_cpu and recompute == "none" else keys)
+    queries = row.tokens * heads * encoder.head_dim
+    keys = row.tokens * groups * encoder.head_dim
+    numbers = 2 * queries + 2 * keys * (layout.context if recompute == "none" else 1)
+    if on_cpu and recompute == "none" and heads > groups:
+        numbers += 2 * layout.context * (queries - keys)  # repeated for every query head
+    elif on_cpu:
+        numbers += queries + keys  # the values are a view of one tensor with queries and keys as they were before rotation
+    if on_cpu and recompute == "none":
+        numbers += queries  # packed documents give a result each, which are joined to another tensor
     statistics = FLOAT32 * row.tokens * heads if recompute == "none" else 0
-    return (inputs + queries) * row.element + (queries if in_fp8 else 0) + statistics
+    if encoder.qk_norm:
+        statistics += FLOAT32 * row.tokens * (heads + groups)
+        if not on_cpu or (row.element == FLOAT32 and heads > groups):
+            numbers += queries + 2 * keys  # the input of the norms, a view of queries, keys and values in one
+        if on_cpu:  # normed once more in float32, and the input copied to it
+            statistics += FLOAT32 * (queries + keys) * (1 if row.element == FLOAT32 else 2)
+    return numbers * row.element + (queries if in_fp8 else 0) + statistics
 
 
 def _layer_workspace(encoder: EncoderConfig, layout: Layout, training: TrainingConfig, row: _Row, on_cpu: bool) -> int:

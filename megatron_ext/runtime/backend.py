@@ -17,7 +17,8 @@ class Backend:
     device: torch.device
     layers: Literal["local", "transformer_engine"]
     """Torch modules with SDPA, or Transformer Engine modules."""
-    communication: Literal["gloo", "nccl"]
+    communication: Literal["gloo", "nccl", "fake"]
+    """`fake` sends nothing: one process builds what a rank of many would."""
 
     @property
     def name(self) -> str:
@@ -46,3 +47,19 @@ def choose_backend(requested: Literal["auto", "local", "transformer_engine"]) ->
     layers = "local" if missing or requested == "local" else "transformer_engine"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if has_gpu else torch.device("cpu")
     return Backend(device=device, layers=layers, communication="nccl" if has_gpu else "gloo")
+
+
+def pretended_backend(requested: Literal["auto", "local", "transformer_engine"]) -> Backend:
+    """The backend of a dry run: shapes without numbers, and Transformer Engine's modules wherever they are installed.
+
+    Args:
+        requested: `training.backend` of the configuration.
+
+    Raises:
+        UserError: Transformer Engine was asked for and is not installed here.
+    """
+    check_apex()
+    has_modules = requested != "local" and has_transformer_engine()
+    if requested == "transformer_engine" and not has_modules:
+        raise UserError("training.backend is transformer_engine, but Transformer Engine is not installed here: use auto or local")
+    return Backend(torch.device("meta"), "transformer_engine" if has_modules else "local", "fake")

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.adamw import FusedAdamW
@@ -144,6 +146,50 @@ def _translate(code: types.CodeType) -> types.CodeType:
         return CUDA_CONSTANTS.get(constant, constant) if isinstance(constant, str) else constant
 
     return code.replace(co_consts=tuple(translate(constant) for constant in code.co_consts))
+
+
+@contextlib.contextmanager
+def without_numbers() -> Iterator[None]:
+    """Context in which every new tensor has a shape and a dtype but no memory, and a Hopper GPU seems to be there.
+
+    megatron asks for its device by name, so the device is changed in torch's factory functions, for code in this context only.
+    Transformer Engine asks no more of the GPU than whether there is one, and its compute capability. Objects that ranks tell
+    each other are taken to be this rank's own: they are the optimizer's parameter groups, which all ranks have alike.
+    """
+    properties = types.SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    with contextlib.ExitStack() as stack:
+        prefix = "torch.cuda." if torch.cuda.is_available() else "torch."
+        for owner, name, function in (
+            (torch.cuda, "is_available", lambda: True),
+            (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+            (torch.cuda, "get_device_properties", lambda device=None: properties),
+            (torch.distributed, "all_gather_object", _hear_oneself),
+        ):
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, function)
+        with _OnMeta(prefix):
+            yield
+
+
+def _hear_oneself(heard: list[Any], said: Any, group: Any = None) -> None:
+    heard[:] = [said] * len(heard)
+
+
+class _OnMeta(TorchFunctionMode):
+    """Every factory function makes meta tensors, whatever device it is told."""
+
+    def __init__(self, prefix: str):
+        """Args: prefix: of the type names that megatron compares with: `patch_cuda_constants` has shortened them without a GPU."""
+        super().__init__()
+        self._prefix = prefix
+
+    def __torch_function__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function in _device_constructors():
+            kwargs["device"] = "meta"
+        if function is torch.Tensor.type and len(args) == 1 and args[0].is_meta:
+            return function(*args).replace("torch.meta.", self._prefix)
+        return function(*args, **kwargs)
 
 
 def adamw_class() -> type:

@@ -22,10 +22,10 @@ class Layout:
     tensor: int
     pipeline: int
     virtual_pipeline: int
+    context: int
     data: int
     sequence_parallel: bool
     distributed_optimizer: bool
-    context: int = 1
 
     def __str__(self) -> str:
         interleaved = f" x{self.virtual_pipeline} chunks" if self.virtual_pipeline > 1 else ""
@@ -85,6 +85,7 @@ def check_layout(
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         virtual_pipeline=parallel.virtual_pipeline,
+        context=parallel.context,
         data=data,
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
         distributed_optimizer=parallel.distributed_optimizer,
@@ -99,6 +100,19 @@ def world_size_from_environment() -> int:
 def rank_from_environment() -> int:
     """This process's rank under torchrun; 0 without."""
     return int(os.environ.get("RANK", 0))
+
+
+@contextmanager
+def pretended_groups(layout: Layout, backend: Backend, rank: int) -> Iterator[None]:
+    """Context with the groups that one rank of this layout would have, in a single process; nothing is ever sent."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
+    try:
+        with process_groups(layout, backend):
+            yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @contextmanager
@@ -137,4 +151,5 @@ def initialize(layout: Layout, backend: Backend, timeout: timedelta = timedelta(
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         distributed_timeout_minutes=timeout / timedelta(minutes=1),  # a fraction is as good: it goes into a timedelta
+        create_gloo_process_groups=backend.communication != "fake",
     )

@@ -34,7 +34,8 @@ def build_optimizer(config: OptimizerConfig, chunks: list[torch.nn.Module], dtyp
         params_dtype=dtype,
         use_distributed_optimizer=distributed,
     )
-    return get_megatron_optimizer(megatron_config, chunks)
+    has_gloo_groups = torch.distributed.get_backend() != "fake"
+    return get_megatron_optimizer(megatron_config, chunks, use_gloo_process_groups=has_gloo_groups)
 
 
 def learning_rate(config: OptimizerConfig, plan: PhasePlan, step: int) -> float:

@@ -24,6 +24,15 @@ SAMPLES_LOOKED_AT = 256
 
 
 @dataclass(frozen=True)
+class Structure:
+    """What a configuration resolves to by itself, whatever the data and the machine."""
+
+    encoder: EncoderConfig
+    plan: PhasePlan
+    layout: Layout
+
+
+@dataclass(frozen=True)
 class RunSetup:
     """A configuration that was checked, and what it resolves to."""
 
@@ -54,11 +63,16 @@ class RunSetup:
     @property
     def dtype(self) -> torch.dtype:
         """Numbers of weights and activations."""
-        return torch.float32 if self.config.precision.recipe == "fp32" else torch.bfloat16
+        return weights_dtype(self.config)
 
 
-def prepare(config: RunConfig, world_size: int) -> RunSetup:
-    """Check a configuration against the tokenizer, the data and the number of ranks.
+def weights_dtype(config: RunConfig) -> torch.dtype:
+    """Numbers of weights and activations."""
+    return torch.float32 if config.precision.recipe == "fp32" else torch.bfloat16
+
+
+def check_structure(config: RunConfig, world_size: int) -> Structure:
+    """Check all that needs neither data nor tokenizer nor the machine of the run: a dry run refuses what this refuses.
 
     Raises:
         UserError: the first thing that does not fit.
@@ -76,8 +90,18 @@ def prepare(config: RunConfig, world_size: int) -> RunSetup:
     _check_unfinished(config)
     plan = PhasePlan.from_config(config)
     _check_schedule(config, plan)
+    return Structure(encoder, plan, layout)
+
+
+def prepare(config: RunConfig, world_size: int) -> RunSetup:
+    """Check a configuration against the number of ranks, the tokenizer, the data and this machine.
+
+    Raises:
+        UserError: the first thing that does not fit.
+    """
+    structure = check_structure(config, world_size)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    vocabulary = _vocabulary(config, tokenizer)
+    vocabulary = resolve_vocabulary(config, tokenizer)
     data_record = [_check_source(source, "train", tokenizer) for source in config.data.train]
     data_record += [_check_source(source, "validation", tokenizer) for source in config.data.validation]
     training_data, validation_data = _open_data(config)
@@ -86,11 +110,11 @@ def prepare(config: RunConfig, world_size: int) -> RunSetup:
         _warn_of_repetitions(config, validation_data)
     return RunSetup(
         config=config,
-        encoder=encoder,
+        encoder=structure.encoder,
         tokenizer=tokenizer,
         vocabulary=vocabulary,
-        plan=plan,
-        layout=layout,
+        plan=structure.plan,
+        layout=structure.layout,
         backend=choose_backend(config.training.backend),
         training_data=training_data,
         validation_data=validation_data,
@@ -148,7 +172,12 @@ def _check_schedule(config: RunConfig, plan: PhasePlan) -> None:
         raise UserError(f"training.stop_at_step is {stop}: the plan has {plan.total_steps} steps")
 
 
-def _vocabulary(config: RunConfig, tokenizer: Tokenizer) -> Vocabulary:
+def resolve_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> Vocabulary:
+    """What masking must know of the tokenizer.
+
+    Raises:
+        UserError: the run hides tokens and the tokenizer has no mask token.
+    """
     masks = any(OBJECTIVES[name].corrupts for phase in PhasePlan.from_config(config).phases for name in phase.weights)
     if tokenizer.mask_id is None and (masks or config.validation.interval):
         raise UserError(
