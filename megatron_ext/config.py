@@ -458,6 +458,20 @@ class RunConfig:
             not self.precision.fp8_parameters or self.parallel.distributed_optimizer,
             "precision.fp8_parameters is true: it needs parallel.distributed_optimizer to be true as well",
         )
+        self._check_backend()
+
+    def _check_backend(self) -> None:
+        """FP8 kernels are Transformer Engine's, and emulation replaces the torch layers' products."""
+        precision, backend = self.precision, self.training.backend
+        require(
+            not precision.emulation or backend != "transformer_engine",
+            "precision.emulation is true with training.backend transformer_engine: it replaces the torch layers; use auto or local",
+        )
+        require(
+            not precision.is_fp8 or precision.emulation or backend != "local",
+            f"precision.recipe is {precision.recipe} with training.backend local: FP8 kernels are Transformer Engine's; use auto, "
+            "or set precision.emulation to true",
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """The whole tree as plain dictionaries, lists and numbers (what the checkpoint stores)."""

@@ -15,6 +15,7 @@ from megatron_ext.config import (
     ModelConfig,
     ParallelConfig,
     PhaseConfig,
+    PrecisionConfig,
     RunConfig,
     TrainingConfig,
     ValidationConfig,
@@ -100,6 +101,7 @@ def _load(question: DataQuestion) -> RunConfig | None:
         config,
         data=dataclasses.replace(config.data, tokenizer=tokenizer, sequence_length=length),
         parallel=ParallelConfig(),
+        precision=PrecisionConfig(),
         training=dataclasses.replace(config.training, seed=seed, backend="local"),
         validation=dataclasses.replace(config.validation, interval=0),
     )

@@ -41,7 +41,11 @@ def initialize_parameters(model: torch.nn.Module, encoder: EncoderConfig, vocab_
             residual = name.endswith(RESIDUAL_PROJECTIONS)
             std = encoder.init_std / math.sqrt(2 * encoder.num_layers) if residual else encoder.init_std
             full = _draw(name, _full_shape(name, parameter, size), vocab_size, std, seed)
-            parameter.copy_(_shard(name, full, rank, size))
+            shard = _shard(name, full, rank, size)
+            parameter.copy_(shard)
+            if hasattr(parameter, "get_high_precision_init_val"):
+                # Transformer Engine keeps what an FP8 weight was made from, and the optimizer's master weights begin there.
+                parameter.get_high_precision_init_val().copy_(shard)
 
 
 def global_name(model: torch.nn.Module, name: str) -> str:

@@ -3,7 +3,8 @@
 Both specs store the same checkpoint: the local spec's norms are saved under the names of TE's fused norm-and-linear modules.
 """
 
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,18 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from torch import Tensor
 
+from megatron_ext.config import PrecisionConfig
 from megatron_ext.model.attention import DocumentAttention
+from megatron_ext.model.fp8_emulation import EmulatedColumnParallelLinear, EmulatedRowParallelLinear
 from megatron_ext.model.presets import EncoderConfig
+from megatron_ext.runtime.precision import FP8_RECIPES, has_kernels, stays_in_bf16, transformer_settings
 from megatron_ext.runtime.topology import Layout
 
 LayerKind = Literal["local", "transformer_engine"]
@@ -50,7 +58,16 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
 
-def transformer_config(encoder: EncoderConfig, layout: Layout, layers: LayerKind, dtype: torch.dtype) -> TransformerConfig:
+@dataclass
+class EncoderTransformerConfig(TransformerConfig):
+    """megatron's configuration, and the precision section, which decides the modules of each layer."""
+
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+
+
+def transformer_config(
+    encoder: EncoderConfig, layout: Layout, layers: LayerKind, dtype: torch.dtype, precision: PrecisionConfig | None = None
+) -> EncoderTransformerConfig:
     """megatron's configuration for this shape and layout.
 
     Args:
@@ -58,10 +75,14 @@ def transformer_config(encoder: EncoderConfig, layout: Layout, layers: LayerKind
         layout: parallel sizes.
         layers: which modules run.
         dtype: of weights and activations.
+        precision: the FP8 recipe; None for none.
     """
+    precision = precision or PrecisionConfig()
     with_te = layers == "transformer_engine"
     interleaved = layout.virtual_pipeline > 1
-    return TransformerConfig(
+    return EncoderTransformerConfig(
+        precision=precision,
+        **transformer_settings(precision),
         num_layers=encoder.num_layers,
         hidden_size=encoder.hidden_size,
         ffn_hidden_size=encoder.ffn_hidden_size,
@@ -104,19 +125,22 @@ def transformer_config(encoder: EncoderConfig, layout: Layout, layers: LayerKind
     )
 
 
-def block_spec(config: TransformerConfig, layers: LayerKind, vp_stage: int | None) -> TransformerBlockSubmodules:
+def block_spec(config: EncoderTransformerConfig, layers: LayerKind, vp_stage: int | None) -> TransformerBlockSubmodules:
     """The layers and final norm that this pipeline stage holds."""
-    spec = _te_layer(config.qk_layernorm) if layers == "transformer_engine" else _local_layer(config.qk_layernorm)
-    final_norm = spec.submodules.input_layernorm if layers == "local" else _te_norm()
-    count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=final_norm)
+    first, count = get_transformer_layer_offset(config, vp_stage), get_num_layers_to_build(config, vp_stage=vp_stage)
+    layer = _te_layer if layers == "transformer_engine" else _local_layer
+    specs = [layer(config, stays_in_bf16(config.precision, number, config.num_layers)) for number in range(first, first + count)]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=_te_norm() if layers == "transformer_engine" else RMSNorm)
 
 
-def _local_layer(qk_norm: bool) -> ModuleSpec:
+def _local_layer(config: EncoderTransformerConfig, in_bf16: bool) -> ModuleSpec:
+    emulates, qk_norm = config.precision.emulation and not in_bf16, config.qk_layernorm
+    column: type[Any] = EmulatedColumnParallelLinear if emulates else ColumnParallelLinear
+    row: type[Any] = EmulatedRowParallelLinear if emulates else RowParallelLinear
     attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear,
+        linear_qkv=column,
         core_attention=DocumentAttention,
-        linear_proj=RowParallelLinear,
+        linear_proj=row,
         q_layernorm=RMSNorm if qk_norm else IdentityOp,
         k_layernorm=RMSNorm if qk_norm else IdentityOp,
     )
@@ -127,18 +151,22 @@ def _local_layer(qk_norm: bool) -> ModuleSpec:
             self_attention=_self_attention(attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=_mlp(ColumnParallelLinear, RowParallelLinear),
+            mlp=_mlp(column, row),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=dict(FUSED_NAMES),
         ),
     )
 
 
-def _te_layer(qk_norm: bool) -> ModuleSpec:
+def _te_layer(config: EncoderTransformerConfig, in_bf16: bool) -> ModuleSpec:
     from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
 
     from megatron_ext.model.te_attention import TEDocumentAttention
+    from megatron_ext.model.te_bf16_layer import BFloat16Layer
 
+    qk_norm, precision = config.qk_layernorm, config.precision
+    # The other recipes are switched layer by layer, which megatron does itself.
+    is_delayed = has_kernels(precision) and FP8_RECIPES[precision.recipe].megatron == "delayed"
     attention = SelfAttentionSubmodules(
         linear_qkv=TELayerNormColumnParallelLinear,
         core_attention=TEDocumentAttention,
@@ -147,7 +175,7 @@ def _te_layer(qk_norm: bool) -> ModuleSpec:
         k_layernorm=_te_norm() if qk_norm else IdentityOp,
     )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=BFloat16Layer if is_delayed and in_bf16 else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=_self_attention(attention),
             self_attn_bda=get_bias_dropout_add,

@@ -6,16 +6,24 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 
+from megatron_ext.config import PrecisionConfig
 from megatron_ext.model.encoder import EncoderModel, padded_vocab_size
 from megatron_ext.model.initialization import initialize_parameters
 from megatron_ext.model.layers import transformer_config
 from megatron_ext.model.presets import EncoderConfig
 from megatron_ext.runtime.backend import Backend
+from megatron_ext.runtime.precision import data_parallel_settings
 from megatron_ext.runtime.topology import Layout
 
 
 def build_model(
-    encoder: EncoderConfig, vocab_size: int, layout: Layout, backend: Backend, dtype: torch.dtype, seed: int
+    encoder: EncoderConfig,
+    vocab_size: int,
+    layout: Layout,
+    backend: Backend,
+    dtype: torch.dtype,
+    seed: int,
+    precision: PrecisionConfig | None = None,
 ) -> list[EncoderModel]:
     """This rank's model chunks on its device, with their initial weights; one chunk unless the pipeline is interleaved.
 
@@ -26,9 +34,10 @@ def build_model(
         backend: device and layers.
         dtype: of the weights.
         seed: of the weights.
+        precision: the FP8 recipe; None for none.
     """
     model_parallel_cuda_manual_seed(seed)
-    config = transformer_config(encoder, layout, backend.layers, dtype)
+    config = transformer_config(encoder, layout, backend.layers, dtype, precision)
     config.finalize_model_grads_func = finalize_model_grads
     chunks = []
     for number in range(layout.virtual_pipeline):
@@ -53,6 +62,10 @@ def wrap_model(chunks: list[EncoderModel], distributed_optimizer: bool) -> list[
     wrapped = []
     for number, chunk in enumerate(chunks):
         module = Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk
-        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer)
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=distributed_optimizer,
+            **data_parallel_settings(chunk.config.precision),
+        )
         wrapped.append(DistributedDataParallel(chunk.config, ddp, module, disable_bucketing=number > 0))
     return wrapped

@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_ext.errors import UserError, one_line
+from megatron_ext.model.fp8_emulation import HISTORY
 from megatron_ext.train.optimizer_state import adapt_loaded_state, redirect_master_weights
 from megatron_ext.unpickling import only_plain_data, refuse_foreign_code
 
@@ -49,19 +50,30 @@ def _by_chunk(state: dict[str, Any]) -> dict[str, Any]:
     return {name: part for name, part in state.items() if name.startswith("model")}
 
 
-def _leave_out_extra_states(wanted: dict[str, Any], stored: set[str]) -> dict[str, dict[str, None]]:
-    """Ask for no extra state, which is that of FP8 modules, where there is none, as in a checkpoint that was imported.
+def _leave_out_absent_fp8_states(wanted: dict[str, Any], stored: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Ask for no state of FP8 layers where there is none: in a checkpoint that was imported, or trained with another recipe.
 
     Returns:
-        For each chunk the names that were left out, with the value that stands for nothing.
+        For each chunk the names that were left out, with the value that they begin with.
     """
-    absent = {}
+    absent: dict[str, dict[str, Any]] = {}
     for name, part in _by_chunk(wanted).items():
-        keys = [key for key, value in part.items() if isinstance(value, ShardedObject) and value.unique_key not in stored]
-        absent[name] = dict.fromkeys(key for key in keys if key.endswith("_extra_state"))
+        absent[name] = {key: _beginning(value) for key, value in part.items() if _is_absent(key, value, stored)}
         for key in absent[name]:
             del part[key]
     return absent
+
+
+def _is_absent(key: str, value: Any, stored: dict[str, Any]) -> bool:
+    if key.endswith("_extra_state") and isinstance(value, ShardedObject):
+        return value.unique_key not in stored
+    if key.endswith(HISTORY):  # one of another length says something else
+        return value.key not in stored or tuple(stored[value.key].size) != tuple(value.global_shape)
+    return False
+
+
+def _beginning(value: Any) -> Any:
+    return None if isinstance(value, ShardedObject) else value.data
 
 
 def load_checkpoint(checkpoint: Path, chunks: Sequence[torch.nn.Module], optimizer: Any | None) -> None:
@@ -77,7 +89,7 @@ def load_checkpoint(checkpoint: Path, chunks: Sequence[torch.nn.Module], optimiz
     """
     stored = refuse_foreign_code(checkpoint).state_dict_metadata
     wanted = sharded_state(chunks, optimizer, is_loading=True)
-    absent = _leave_out_extra_states(wanted, set(stored))
+    absent = _leave_out_absent_fp8_states(wanted, stored)
     if optimizer is not None:
         redirect_master_weights(wanted["optimizer"], set(stored))
         sharding = wanted["optimizer"].get("param_state_sharding_type")

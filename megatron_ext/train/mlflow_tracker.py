@@ -103,7 +103,7 @@ class MlflowTracker:
     def _start(self, config: RunConfig, record: dict[str, Any]) -> str:
         """Put the run's start in the spool; returns its key."""
         tree = config.public_dict()
-        parameters = {name: str(value) for name, value in flatten(tree).items()}
+        parameters = {name: str(value) for name, value in flatten(tree).items()} | {"precision": config.precision.label}
         starts = [start for _, start in self._spool.starts()]
         key = record["run_key"] or self._key_of_same_run(config, starts[-1:], parameters) or uuid.uuid4().hex
         fields = {

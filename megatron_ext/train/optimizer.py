@@ -8,11 +8,18 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
-from megatron_ext.config import OptimizerConfig
+from megatron_ext.config import OptimizerConfig, PrecisionConfig
 from megatron_ext.objective import PhasePlan
+from megatron_ext.runtime.precision import optimizer_settings
 
 
-def build_optimizer(config: OptimizerConfig, chunks: list[torch.nn.Module], dtype: torch.dtype, distributed: bool) -> Any:
+def build_optimizer(
+    config: OptimizerConfig,
+    chunks: list[torch.nn.Module],
+    dtype: torch.dtype,
+    distributed: bool,
+    precision: PrecisionConfig | None = None,
+) -> Any:
     """megatron's optimizer over the DDP-wrapped model chunks of this rank.
 
     Args:
@@ -20,6 +27,7 @@ def build_optimizer(config: OptimizerConfig, chunks: list[torch.nn.Module], dtyp
         chunks: the model chunks.
         dtype: of the weights.
         distributed: shard the state over the data-parallel ranks.
+        precision: the FP8 recipe; None for none.
     """
     megatron_config = MegatronOptimizerConfig(
         optimizer="adam",
@@ -33,6 +41,7 @@ def build_optimizer(config: OptimizerConfig, chunks: list[torch.nn.Module], dtyp
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=distributed,
+        **optimizer_settings(precision or PrecisionConfig()),
     )
     has_gloo_groups = torch.distributed.get_backend() != "fake"
     return get_megatron_optimizer(megatron_config, chunks, use_gloo_process_groups=has_gloo_groups)

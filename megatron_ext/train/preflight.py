@@ -17,6 +17,8 @@ from megatron_ext.model.encoder import padded_vocab_size
 from megatron_ext.model.presets import EncoderConfig, build_encoder_config
 from megatron_ext.objective import OBJECTIVES, PhasePlan, Vocabulary
 from megatron_ext.runtime.backend import Backend, choose_backend
+from megatron_ext.runtime.capabilities import has_transformer_engine
+from megatron_ext.runtime.precision import check_precision, has_kernels, small_width_warning
 from megatron_ext.runtime.topology import Layout, check_layout, rank_from_environment
 from megatron_ext.train.start import Start, find_start
 
@@ -87,6 +89,7 @@ def check_structure(config: RunConfig, world_size: int) -> Structure:
             f"{encoder.max_position_embeddings}: raise the latter or shorten the samples"
         )
     layout = _check_layout(config, encoder, world_size)
+    _check_precision(config, encoder, layout)
     _check_unfinished(config)
     plan = PhasePlan.from_config(config)
     _check_schedule(config, plan)
@@ -115,7 +118,7 @@ def prepare(config: RunConfig, world_size: int) -> RunSetup:
         vocabulary=vocabulary,
         plan=structure.plan,
         layout=structure.layout,
-        backend=choose_backend(config.training.backend),
+        backend=choose_backend("local" if config.precision.emulation else config.training.backend),
         training_data=training_data,
         validation_data=validation_data,
         data_record=data_record,
@@ -124,8 +127,6 @@ def prepare(config: RunConfig, world_size: int) -> RunSetup:
 
 
 def _check_unfinished(config: RunConfig) -> None:
-    if config.precision.is_fp8:
-        raise UserError(f"precision.recipe is {config.precision.recipe}: this version trains in fp32 and bf16 only")
     if config.parallel.context > 1:
         raise UserError(f"parallel.context is {config.parallel.context}: this version has no context parallelism")
     unfinished = [
@@ -137,6 +138,19 @@ def _check_unfinished(config: RunConfig) -> None:
         raise UserError(f"parallel.overlap_{unfinished[0]} is true: this version overlaps nothing")
     if config.training.recompute != "none":
         raise UserError(f"training.recompute is {config.training.recompute}: this version recomputes nothing")
+
+
+def _check_precision(config: RunConfig, encoder: EncoderConfig, layout: Layout) -> None:
+    if not config.precision.is_fp8:
+        return
+    tokens = config.training.micro_batch_size * config.data.sequence_length // config.parallel.context
+    kernels = has_kernels(config.precision)
+    capability = torch.cuda.get_device_capability() if kernels and torch.cuda.is_available() else None
+    has_te = kernels and capability is not None and has_transformer_engine()
+    check_precision(config.precision, encoder, layout, tokens, capability, has_te)
+    warning = small_width_warning(config.precision, encoder.hidden_size)
+    if warning and rank_from_environment() == 0:
+        warn(warning)
 
 
 def _check_layout(config: RunConfig, encoder: EncoderConfig, world_size: int) -> Layout:

@@ -77,6 +77,7 @@ def _write_run_file(aside: Path, setup: RunSetup, record: dict[str, Any]) -> Non
         "data": setup.data_record,
         "parallel": vars(setup.layout),
         "backend": setup.backend.name,
+        "precision": setup.config.precision.label,
         "config": setup.config.as_dict(),
         "versions": {name: metadata.version(name) for name in ("torch", "megatron-core")},
         "files": _collect_sums(aside),

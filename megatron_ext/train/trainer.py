@@ -16,7 +16,9 @@ from megatron_ext.config import RunConfig
 from megatron_ext.data.loader import BatchBuilder, StepData, TrainingLoader
 from megatron_ext.errors import say
 from megatron_ext.model.encoder import EncoderModel
+from megatron_ext.model.fp8_emulation import end_step
 from megatron_ext.runtime.cpu import patch_megatron
+from megatron_ext.runtime.precision import emulation_notice
 from megatron_ext.runtime.topology import process_groups, rank_from_environment, world_size_from_environment
 from megatron_ext.runtime.watchdog import Watchdog
 from megatron_ext.train.agreement import Agreement
@@ -62,6 +64,9 @@ def train(config: RunConfig) -> int:
     """
     setup = prepare(config, world_size_from_environment())
     check_resume(config)
+    notice = emulation_notice(config.precision)
+    if notice and rank_from_environment() == 0:
+        say(notice)
     use_all_cores()
     patch_megatron()
     timeout = 60 * config.training.timeout_minutes
@@ -163,9 +168,11 @@ class Trainer:
         """Build model, optimizer and loader; the process groups must exist."""
         config = setup.config
         watchdog.mark("building the model")
-        bare = build_model(setup.encoder, setup.vocab_size, setup.layout, setup.backend, setup.dtype, config.training.seed)
+        bare = build_model(
+            setup.encoder, setup.vocab_size, setup.layout, setup.backend, setup.dtype, config.training.seed, config.precision
+        )
         chunks = wrap_model(bare, setup.layout.distributed_optimizer)
-        optimizer = build_optimizer(config.optimizer, chunks, setup.dtype, setup.layout.distributed_optimizer)
+        optimizer = build_optimizer(config.optimizer, chunks, setup.dtype, setup.layout.distributed_optimizer, config.precision)
         rank = parallel_state.get_data_parallel_rank()
         builder = BatchBuilder(setup.training_data, config.data, setup.vocabulary, config.training.seed)
         agreement = Agreement(group_timeout(config))
@@ -271,6 +278,7 @@ class Trainer:
         else:
             self.skipped.good()
             update(self.optimizer, norm)
+        end_step(self.chunks, was_taken=not is_bad)
         with self.speed.pause():
             self.saves.collect(is_writing)
         return sums, norm
