@@ -2,7 +2,7 @@
 (`megatron_ext.unpickling.only_plain_data` replaces two functions of torch while a checkpoint is loaded.)
 
 megatron-core assumes CUDA in three ways, each met by one patch below. All were found on 0.16.1 and hold to 0.19.x
-(`SUPPORTED`); `patch_megatron` refuses other versions, so that an upgrade is looked at before it is trusted.
+(`megatron_versions.SUPPORTED`); `patch_megatron` refuses other versions, so that an upgrade is looked at before it is trusted.
 The patches are applied once per process, before any process group, and never where CUDA is available.
 """
 
@@ -18,12 +18,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-from megatron_ext.errors import UserError
 from megatron_ext.runtime.adamw import FusedAdamW
+from megatron_ext.runtime.megatron_versions import check_version
 from megatron_ext.runtime.writer import patch_checkpoint_writer
-
-SUPPORTED = ((0, 16), (0, 19))
-"""First and last megatron-core (major, minor) that these patches were checked against."""
 
 CUDA_CONSTANTS = {
     "cuda": "cpu",
@@ -50,21 +47,13 @@ def patch_megatron() -> None:
     Raises:
         UserError: megatron-core is outside the versions that the patches were checked against.
     """
-    _check_version()
+    check_version()
     patch_torch_optimizer()
     patch_checkpoint_writer()
     if not torch.cuda.is_available():
         patch_cuda_runtime()
         patch_rng_tracker()
         patch_cuda_constants()
-
-
-def _check_version() -> None:
-    from megatron.core.package_info import MAJOR, MINOR, __version__
-
-    if not SUPPORTED[0] <= (MAJOR, MINOR) <= SUPPORTED[1]:
-        first, last = (".".join(map(str, version)) for version in SUPPORTED)
-        raise UserError(f"megatron-core {__version__} is installed: this version of megatron_ext supports {first} to {last}")
 
 
 def patch_cuda_runtime() -> None:
