@@ -54,6 +54,7 @@ def patch_megatron() -> None:
         patch_cuda_runtime()
         patch_rng_tracker()
         patch_cuda_constants()
+        patch_tensor_lists()
 
 
 def patch_cuda_runtime() -> None:
@@ -181,24 +182,46 @@ class _OnMeta(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+def patch_tensor_lists() -> None:
+    """Where Transformer Engine or Apex is installed, as in the environment that a cluster's login nodes share, megatron takes
+    norms and scales lists of tensors with their CUDA kernels: give it its own loops, which it has for machines without them.
+    """
+    utils = importlib.import_module("megatron.core.utils")
+    own = {
+        "multi_tensor_applier": utils.local_multi_tensor_applier,
+        "l2_norm_impl": utils.local_multi_tensor_l2_norm,
+        "multi_tensor_scale_impl": utils.local_multi_tensor_scale,
+        "multi_tensor_scale_tensor_impl": None,  # 0.19: then the one above does it
+    }
+    for name in ("megatron.core.optimizer.clip_grads", "megatron.core.optimizer.optimizer"):
+        module = importlib.import_module(name)
+        for attribute in own.keys() & vars(module).keys():
+            setattr(module, attribute, own[attribute])
+
+
+def _has_fused_adam() -> bool:
+    """Whether megatron has found TE's or Apex's AdamW, and there is a GPU for it."""
+    return torch.cuda.is_available() and not importlib.import_module("megatron.core.optimizer").USING_PYTORCH_OPTIMIZER
+
+
 def adamw_class() -> type:
-    """The AdamW of a run: Transformer Engine's or Apex's as megatron chooses, and `FusedAdamW` where it finds neither."""
-    optimizer = importlib.import_module("megatron.core.optimizer")
-    return FusedAdamW if optimizer.USING_PYTORCH_OPTIMIZER else optimizer.Adam
+    """The AdamW of a run: Transformer Engine's or Apex's as megatron chooses, and `FusedAdamW` where neither can run."""
+    return importlib.import_module("megatron.core.optimizer").Adam if _has_fused_adam() else FusedAdamW
 
 
 def patch_torch_optimizer() -> None:
     """Without TE and Apex megatron takes `torch.optim.AdamW`, unfused and with the step in each parameter's state.
 
     That is slow, and the distributed optimizer cannot load what it saved (`KeyError: 'step'`). `FusedAdamW` keeps to the
-    interface of Apex's optimizer, so megatron is told that it has that one. Needed on any device without TE and Apex.
+    interface of Apex's optimizer, so megatron is told that it has that one. Needed on any device without TE and Apex, and without
+    a GPU in any case: their optimizers are CUDA kernels.
     """
     optimizer = importlib.import_module("megatron.core.optimizer")
     distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
 
-    if not optimizer.USING_PYTORCH_OPTIMIZER:
+    if _has_fused_adam():
         return
-    optimizer.Adam = distributed.Adam = adamw_class()
+    optimizer.Adam = distributed.Adam = FusedAdamW
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distributed.HAVE_APEX_OR_TE = True
     distributed.USING_APEX_OPTIMIZER = True

@@ -13,7 +13,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 
-from megatron_ext.config import ParallelConfig, TrainingConfig
+from megatron_ext.config import ParallelConfig, PrecisionConfig, TrainingConfig
 from megatron_ext.model.initialization import global_name
 from megatron_ext.model.layers import FUSED_NAMES, LayerKind
 from megatron_ext.model.presets import PRESETS, EncoderConfig
@@ -68,13 +68,15 @@ class Rank:
     """Keys of the modules' states that are no tensors."""
 
 
-def build_rank(encoder: EncoderConfig, parallel: ParallelConfig, rank: int, layers: LayerKind) -> Rank:
+def build_rank(
+    encoder: EncoderConfig, parallel: ParallelConfig, rank: int, layers: LayerKind, precision: PrecisionConfig | None = None
+) -> Rank:
     """Build one rank's chunks and its part of a checkpoint."""
     ranks = parallel.tensor * parallel.pipeline
     layout = check_layout(parallel, TrainingConfig(global_batch_size=8), encoder.num_layers, {}, ranks)
     backend = Backend(torch.device("meta"), layers, "fake")
     with pretended_groups(layout, backend, rank), without_numbers():
-        chunks = build_model(encoder, VOCAB_SIZE, layout, backend, torch.bfloat16, seed=0)
+        chunks = build_model(encoder, VOCAB_SIZE, layout, backend, torch.bfloat16, seed=0, precision=precision)
         parameters = {global_name(chunk, name): describe(p) for chunk in chunks for name, p in chunk.named_parameters()}
         leaves = [(part, leaf) for part, tree in sharded_state(chunks, None, is_loading=False).items() for leaf in flatten(tree)]
     tensors = {
@@ -135,6 +137,21 @@ def test_te_layers_hold_and_save_what_the_local_ones_do(preset: str, layout: str
         for (_, key, _), (shape, *_) in te.tensors.items():
             saved.setdefault(key, []).append(shape)
     assert {key: set(shapes) for key, shapes in saved.items()} == {key: {shape} for key, shape in whole_tensors(encoder).items()}
+
+
+@pytest.mark.parametrize("layout", ["TP1 PP1", "TP2 PP2 interleaved"])
+@pytest.mark.parametrize("fp8_parameters", [False, True])
+@pytest.mark.parametrize("recipe", ["fp8-delayed", "fp8-tensorwise", "fp8-blockwise"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_fp8_recipes_hold_and_save_what_bf16_does(preset: str, recipe: str, fp8_parameters: bool, layout: str) -> None:
+    """A checkpoint does not depend on the recipe, but for the extra states' content."""
+    patch_megatron()
+    encoder = PRESETS[preset]()
+    parallel = fit(LAYOUTS[layout], encoder)
+    precision = PrecisionConfig(recipe=recipe, fp8_parameters=fp8_parameters)
+    for rank in range(parallel.tensor * parallel.pipeline):
+        plain, fp8 = (build_rank(encoder, parallel, rank, "transformer_engine", p) for p in (None, precision))
+        assert fp8 == plain
 
 
 def fit(parallel: ParallelConfig, encoder: EncoderConfig) -> ParallelConfig:
