@@ -25,7 +25,7 @@ from megatron_ext.plan.communication import step_traffic
 from megatron_ext.plan.memory import RankMemory, rank_memory
 from megatron_ext.runtime.backend import Backend, pretended_backend
 from megatron_ext.runtime.cpu import patch_megatron, without_numbers
-from megatron_ext.runtime.topology import Layout, pretended_groups
+from megatron_ext.runtime.topology import pretended_groups
 from megatron_ext.train.build import build_model, wrap_model
 from megatron_ext.train.checkpoint import sharded_state
 from megatron_ext.train.optimizer import build_optimizer

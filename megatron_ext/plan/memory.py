@@ -4,11 +4,11 @@ from dataclasses import dataclass, fields
 
 from megatron_ext.config import PrecisionConfig, TrainingConfig
 from megatron_ext.model.encoder import padded_vocab_size
+from megatron_ext.model.head import LOGITS_PER_CHUNK
 from megatron_ext.model.presets import EncoderConfig
 from megatron_ext.plan.shards import buffer_ranges, is_fp8, is_fp8_layer, stage_chunks
 from megatron_ext.runtime.topology import Layout
 
-LOGITS_PER_CHUNK = 2**25
 FLOAT32 = 4
 MOMENTS = 2 * FLOAT32
 
@@ -196,7 +196,8 @@ def _attention_bytes(encoder: EncoderConfig, layout: Layout, recompute: str, row
     if encoder.qk_norm:
         statistics += FLOAT32 * row.tokens * (heads + groups)
         if not on_cpu or (row.element == FLOAT32 and heads > groups):
-            numbers += queries + 2 * keys  # the input of the norms, a view of queries, keys and values in one
+            # The norms' input: a view of queries, keys and values in one; grouped queries are copied out of it.
+            numbers += queries * (2 if heads > groups else 1) + 2 * keys
         if on_cpu:  # normed once more in float32, and the input copied to it
             statistics += FLOAT32 * (queries + keys) * (1 if row.element == FLOAT32 else 2)
     return numbers * row.element + (queries if in_fp8 else 0) + statistics
