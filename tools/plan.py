@@ -51,7 +51,7 @@ def _add_dry_run(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--vocab-size", type=int, metavar="N", help="default: that of data.tokenizer, whose files must be here then"
     )
-    parser.add_argument("--gpu", default="h100", metavar="G", help="of the run's machines: a100, h100 (default), h200 or b200")
+    parser.add_argument("--gpu", default="h100", metavar="G", help="what the run will have: a100, h100 (default), h200 or b200")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
     parser.set_defaults(run=run_dry_run)
 
@@ -116,6 +116,9 @@ def run_dry_run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError(f"--world-size is {arguments.world_size}: it must be greater than 0")
     if arguments.rank != "all-distinct" and not arguments.rank.isdecimal():
         raise UserError(f"--rank is '{arguments.rank}': it must be a number, or all-distinct")
+    from megatron_ext.plan.hardware import find_gpu
+
+    gpu = find_gpu(arguments.gpu)
     config = _load(arguments, overrides)
     ranks = None if arguments.rank == "all-distinct" else [int(arguments.rank)]
     # Imported here so that --help answers at once; and apex is looked at before megatron-core imports what is called so.
@@ -124,9 +127,8 @@ def run_dry_run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     check_apex()
     from megatron_ext.plan.dry_run import dry_run
     from megatron_ext.plan.dry_run_text import as_dict, render
-    from megatron_ext.plan.hardware import find_gpu
 
-    result = dry_run(config, arguments.world_size, ranks, arguments.vocab_size, find_gpu(arguments.gpu))
+    result = dry_run(config, arguments.world_size, ranks, arguments.vocab_size, gpu)
     _show(as_dict(result) if arguments.json else render(result))
     return 0
 

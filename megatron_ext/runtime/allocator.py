@@ -5,17 +5,17 @@ import os
 
 M_MMAP_THRESHOLD = -3
 """glibc's number of the setting, from malloc.h."""
-THRESHOLD = 4 * 2**20
+THRESHOLD = 2**20
 OWN_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 """Environment variables by which a user sets this; what they say stays."""
 
 
 def give_back_freed_memory() -> bool:
-    """Let glibc map blocks of 4 MiB and more one by one, and unmap them when they are freed.
+    """Let glibc map blocks of 1 MiB and more one by one, and unmap them when they are freed.
 
     It does so by itself at first, but raises the limit up to 32 MiB as such blocks are freed. Tensors below it then come from a
-    heap whose holes an aligned block of the same size does not fit into (before glibc 2.38), so that a step's peak grows by a
-    quarter: docs/results/memory.md. The price is that the kernel clears the pages anew, 2 to 4 % of a run's processor time.
+    heap whose holes an aligned block of the same size does not fit into (before glibc 2.38): a step's peak grew by a quarter to
+    a half. The price is that the kernel clears the pages anew, a few percent of a run's processor time: docs/results/memory.md.
 
     Returns:
         Whether it was set: not with another C library, nor against the user's own setting.

@@ -80,20 +80,16 @@ def check_overlap(parallel: ParallelConfig, backend: Backend) -> None:
         )
 
 
-def pretended_backend(requested: Literal["auto", "local", "transformer_engine"]) -> Backend:
-    """The backend of a dry run: shapes without numbers, and Transformer Engine's modules wherever they are installed.
+def pretended_backend(expected: Backend) -> Backend:
+    """The backend of a dry run: shapes without numbers, and Transformer Engine's modules if it is installed here as well.
 
     Args:
-        requested: `training.backend` of the configuration.
-
-    Raises:
-        UserError: Transformer Engine was asked for and is not installed here.
+        expected: that of the run.
     """
     check_apex()
-    has_modules = requested != "local" and has_transformer_engine()
-    if requested == "transformer_engine" and not has_modules:
-        raise UserError("training.backend is transformer_engine, but Transformer Engine is not installed here: use auto or local")
-    return Backend(torch.device("meta"), "transformer_engine" if has_modules else "local", "fake")
+    has_modules = expected.layers == "transformer_engine" and has_transformer_engine()
+    layers: Literal["local", "transformer_engine"] = "transformer_engine" if has_modules else "local"
+    return Backend(torch.device("meta"), layers, "fake", expected.capability)
 
 
 def own_device() -> torch.device:
