@@ -54,7 +54,8 @@ def test_the_documents_commands_are_torchrun_s() -> None:
 
 def kill_in_mid_run(dying: Job, staying: Job) -> None:
     """SIGKILL to a node's torchrun and its rank, once there is a checkpoint; the run stands still from then on."""
-    rank = dying.wait_until(dying.workers, "its rank")[0]
+    dying.wait_until(dying.last_step, "the first step")
+    (rank,) = dying.workers()
     dying.wait_until(lambda: published(dying.output_dir), "a checkpoint")
     rank.suspend()
     dying.kill_workers()
@@ -97,7 +98,7 @@ def test_one_node_goes_on_alone(corpus: Corpus, tmp_path: Path) -> None:
     tree, port = tree_of(corpus, tmp_path / "run", **logged), free_port()
     with two_nodes() as (first, second), first.start(tree, tmp_path, port, nodes="1:2") as staying:
         with second.start(tree, tmp_path, port, nodes="1:2") as dying:
-            dying.wait_until(dying.workers, "its rank")
+            dying.wait_until(dying.last_step, "the first step")
             assert int(dying.workers()[0].environ()["WORLD_SIZE"]) == 2
             kill_in_mid_run(dying, staying)
         assert staying.wait() == 0, staying.text[-3000:]
