@@ -151,6 +151,7 @@ def without_numbers() -> Iterator[None]:
         prefix = "torch.cuda." if torch.cuda.is_available() else "torch."
         for owner, name, function in (
             (torch.cuda, "is_available", lambda: True),
+            (torch.cuda, "current_device", lambda: 0),
             (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
             (torch.cuda, "get_device_properties", lambda device=None: properties),
             (torch.distributed, "all_gather_object", _hear_oneself),
@@ -175,7 +176,7 @@ class _OnMeta(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if function in _device_constructors():
+        if function in _device_constructors() or "device" in kwargs:  # such as `empty_like(meta tensor, device="cuda")`
             kwargs["device"] = "meta"
         if function is torch.Tensor.type and len(args) == 1 and args[0].is_meta:
             return function(*args).replace("torch.meta.", self._prefix)
