@@ -18,7 +18,7 @@ from tests.distributed.nodes import free_port, two_nodes
 from tests.distributed.test_interruptions import batch_log
 from tests.distributed.test_training import WEIGHT_TOLERANCE, Run, run_training
 
-STEPS, INTERVAL = 120, 20
+STEPS, INTERVAL = 90, 30
 
 
 @pytest.fixture(scope="module")
