@@ -33,7 +33,8 @@ setup(
         "tqdm>=4.66,<5",
     ],
     extras_require={
-        "gpu": ["transformer-engine[pytorch]>=2.1"],
+        # Up to 2.15 it unpickles the state of FP8 layers in a checkpoint, and so runs code from there. Tried: 2.20.2.
+        "gpu": ["transformer-engine[pytorch]>=2.16.1,<3"],
         # Fine-tuning and evaluation on transformers, and their grid on a cluster: what the study needs around the models.
         "eval": ["accelerate>=1.1", "datasets>=3", "scikit-learn>=1.5", "seqeval>=1.2"],
         "cluster": ["ray[default]>=2.40"],

@@ -4,7 +4,7 @@
 
 The same data, masks, initial weights and steps each time; only the numbers differ. A last run in bfloat16 with other weights,
 data order and masks shows how far two runs lie apart that differ in nothing that matters. All layers are in FP8, none is left in
-bfloat16. Runs that are complete are not run again.
+bfloat16. A study that was interrupted goes on where it was.
 """
 
 import argparse
@@ -29,15 +29,19 @@ REFERENCE, OTHER_SEED = "bf16", "bf16, other seed"
 FP8 = ("fp8-delayed", "fp8-tensorwise", "fp8-blockwise", "mxfp8")
 COLORS = {
     "fp32": "#000000",
-    "bf16": "#7f7f7f",
+    "bf16": "#7b3294",
     "fp8-delayed": "#b2182b",
     "fp8-tensorwise": "#e08214",
     "fp8-blockwise": "#2166ac",
     "mxfp8": "#1b7837",
-    OTHER_SEED: "#c0c0c0",
+    OTHER_SEED: "#c2a5cf",
 }
 LAST = 20
 """Steps at the end of a phase whose mean training loss is reported: single steps scatter."""
+
+
+FIRST = 10
+"""Steps whose largest distance from bfloat16 is reported: later on, runs have drifted apart and every difference has grown."""
 
 
 def main() -> None:
@@ -122,6 +126,7 @@ def options(name: str, folder: Path, arguments: argparse.Namespace) -> list[str]
         "validation.samples": 64,
         "checkpoint.interval": 0,
         "tracking.mlflow": "false",
+        "resume": "auto",
         "precision.recipe": "bf16" if name == OTHER_SEED else name,
         **{f"precision.{key}": value for key, value in emulated.items()},
     }
@@ -134,6 +139,11 @@ def mean(values: Any) -> float:
     return sum(numbers) / len(numbers)
 
 
+def running_means(values: list[float]) -> list[float]:
+    """Of the last steps, as soon as there are so many."""
+    return [mean(values[end - LAST : end]) for end in range(LAST, len(values) + 1)]
+
+
 def versions() -> dict[str, str]:
     """What it was run with."""
     names = {name: metadata.version(name) for name in ("torch", "megatron-core", "numpy")}
@@ -142,11 +152,13 @@ def versions() -> dict[str, str]:
 
 def table(runs: dict[str, dict[str, Any]]) -> str:
     """Losses in nats, and how far each lies from bfloat16's."""
-    rows = ["| precision | CLM loss | MLM loss | validation MLM loss | minus bf16 | skipped steps |", "|---|---|---|---|---|---|"]
+    heads = ("precision", "first steps", "CLM loss", "MLM loss", "validation MLM loss", "minus bf16", "skipped steps")
+    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     base = last(runs[REFERENCE])
     for name, found in runs.items():
         label = name if name == OTHER_SEED else found["precision"]
-        values = f"{found['clm_loss']:.4f} | {found['mlm_loss']:.4f} | {last(found):.4f} | {last(found) - base:+.4f}"
+        early = max(abs(loss - runs[REFERENCE]["training"][step]) for step, loss in found["training"].items() if step <= FIRST)
+        values = f"{early:.4f} | {found['clm_loss']:.4f} | {found['mlm_loss']:.4f} | {last(found):.4f} | {last(found) - base:+.4f}"
         rows.append(f"| {label} | {values} | {found['skipped_steps']} |")
     return "\n".join(rows) + "\n"
 
@@ -157,7 +169,7 @@ def last(found: dict[str, Any]) -> float:
 
 
 def draw(runs: dict[str, dict[str, Any]], edge: int, picture: Path) -> None:
-    """Training losses, which lie on each other, and how far each lies from bfloat16's at the same step."""
+    """Validation losses, and how far each run's training loss lies from bfloat16's at the same steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -165,22 +177,23 @@ def draw(runs: dict[str, dict[str, Any]], edge: int, picture: Path) -> None:
 
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(8, 7), dpi=130, sharex=True, height_ratios=[3, 2])
     base = runs[REFERENCE]
+    above.plot(list(base["training"]), list(base["training"].values()), color="#bbbbbb", linewidth=0.7, label="training, bf16")
     for name, found in runs.items():
-        style = {"color": COLORS[name], "linewidth": 1.1, "label": name if name == OTHER_SEED else found["precision"]}
-        steps = list(found["training"])
-        above.plot(steps, list(found["training"].values()), **style, linestyle=":" if name == OTHER_SEED else "-")
-        above.plot(list(found["validation"]), list(found["validation"].values()), "o", color=COLORS[name], markersize=4)
+        style = {"color": COLORS[name], "linewidth": 1.3, "label": name if name == OTHER_SEED else found["precision"]}
+        dashes = "--" if name == OTHER_SEED else "-"
+        above.plot(list(found["validation"]), list(found["validation"].values()), "o", ls=dashes, markersize=3.5, **style)
         if name not in (REFERENCE, OTHER_SEED):
-            below.plot(steps, [found["training"][step] - base["training"][step] for step in steps], **style)
+            differences = [loss - base["training"][step] for step, loss in found["training"].items()]
+            below.plot(list(found["training"])[LAST - 1 :], running_means(differences), **style)
     below.axhline(0, color=COLORS[REFERENCE], linewidth=1)
     for axes in (above, below):
         axes.axvspan(0, edge, color="#f4d9b8", alpha=0.5, zorder=0)
         axes.axvspan(edge, max(base["training"]), color="#c7dcef", alpha=0.5, zorder=0)
         axes.spines[["top", "right"]].set_visible(False)
     above.set(ylabel="loss (nats per predicted token)", xlim=(0, max(base["training"])))
-    above.set_title("CLM, then MLM; FP8 emulated. Lines: training loss. Dots: validation MLM loss", fontsize=10)
+    above.set_title("CLM, then MLM; FP8 emulated: validation MLM loss", fontsize=10)
     above.legend(fontsize=8, framealpha=0.9)
-    below.set(xlabel="optimizer step", ylabel="training loss minus bf16's")
+    below.set(xlabel="optimizer step", ylabel=f"training loss minus bf16's,\nmean of {LAST} steps")
     figure.tight_layout()
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture)

@@ -10,11 +10,20 @@ A room imports only from the rooms to its left:
     errors, config | runtime, objective | data, model | train, hf | doctor | pretrain_encoder.py and tools/
 """
 
+import logging
 import warnings
 
 # megatron-core says at every start that Transformer Engine and Apex are missing, which `runtime/backend.py` chooses and
-# reports, and that it calls deprecated functions of its own and of torch, which is not the user's to mend.
-for _message in (r".*(Transformer Engine and Apex are|Apex is) not installed", "full scope is deprecated", "`load_state_dict` is"):
+# reports, which logger it takes, that one process alone has been told no rank, and that it calls deprecated functions of its own
+# and of torch, which is not the user's to mend. torch says that it finds a CUDA compiler and no GPU.
+for _message in (
+    r".*(Transformer Engine and Apex are|Apex is) not installed",
+    "Could not determine rank",
+    "absl.logging is not installed",
+    "full scope is deprecated",
+    "`load_state_dict` is",
+):
     warnings.filterwarnings("ignore", message=_message, module=r"megatron\.core")
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"

@@ -6,7 +6,8 @@ function that the file names. Here
 
 - the index is unpickled into stand-ins, which keep what they are told and do nothing, and only under the names that an index
   needs; the real classes are then built from plain numbers and strings that were looked at;
-- so are the arguments that Megatron-LM keeps in `common.pt`, of which only numbers, texts and flags are handed on;
+- so are the arguments that Megatron-LM keeps beside the tensors (`load_inert`), of which `hf/stored_arguments.py` hands on numbers,
+  texts and flags;
 - everything else goes through `torch.load(weights_only=True)`;
 - `only_plain_data` puts both in the place of torch's own functions while megatron loads, so that those cannot be reached.
 
@@ -24,7 +25,6 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,6 @@ LARGEST_INDEX = 2**30
 LARGEST_COMMON = 2**30
 LARGEST_BACKEND = 2**20
 LARGEST_ARGUMENTS = 2**26
-PLAIN = (type(None), bool, int, float, str)
 
 CHECKPOINT = "torch.distributed.checkpoint"
 INDEX_GLOBALS = {
@@ -146,57 +145,19 @@ class _InertUnpickler(pickle.Unpickler):
         return _Inert(place)
 
 
-@dataclass(frozen=True)
-class NotPlain:
-    """Stands for a stored value that is no number, text or flag."""
-
-    kind: str
-    """What it was, such as `tuple`."""
-
-
-@dataclass(frozen=True)
-class StoredArguments:
-    """What Megatron-LM says in `common.pt` of the training behind a checkpoint."""
-
-    values: dict[str, Any] | None
-    """Its command line: None, whole numbers, numbers, texts and flags; `NotPlain` for anything else. None: there is none."""
-    iteration: int | None
-
-
-def read_arguments(checkpoint: Path) -> StoredArguments:
-    """The command-line arguments in a checkpoint of Megatron-LM, whatever objects lie around them; nothing of it is run.
-
-    Args:
-        checkpoint: a checkpoint directory; `common.pt` may be missing, as megatron-core alone keeps no arguments.
+def load_inert(content: bytes) -> Any:
+    """What `torch.save` wrote, with stand-ins for all objects and tensors; nothing of it is run.
 
     Raises:
-        UserError: `common.pt` is damaged.
+        Exception: of any class, if it is damaged; a `ValueError` if it unpacks to more than is read.
     """
-    path = inside(checkpoint, COMMON_FILE, f"checkpoint {checkpoint}")
-    if not os.path.lexists(path):
-        return StoredArguments(None, None)
-    try:
-        with zipfile.ZipFile(io.BytesIO(read_small_file(path, LARGEST_COMMON))) as archive:
-            name = next(name for name in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name))
-            with archive.open(name) as file:
-                content = file.read(LARGEST_ARGUMENTS + 1)
-        if len(content) > LARGEST_ARGUMENTS:
-            raise UserError(f"checkpoint {checkpoint}: {COMMON_FILE} holds more than {LARGEST_ARGUMENTS:,} bytes besides tensors")
-        common = _InertUnpickler(io.BytesIO(content)).load()
-    except UserError:
-        raise
-    except Exception as error:  # a damaged archive or pickle raises anything
-        raise UserError(f"checkpoint {checkpoint}: {COMMON_FILE} cannot be read ({one_line(error)})") from None
-    if not isinstance(common, dict):
-        raise UserError(f"checkpoint {checkpoint}: {COMMON_FILE} holds {_name(common)} where a dictionary is expected")
-    iteration = common.get("iteration")
-    values = getattr(common.get("args"), "state", None)
-    return StoredArguments(
-        {name: value if type(value) in PLAIN else NotPlain(_name(value)) for name, value in values.items() if isinstance(name, str)}
-        if isinstance(values, dict)
-        else None,
-        iteration if type(iteration) is int and 0 <= iteration < 2**53 else None,
-    )
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        name = next(name for name in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name))
+        with archive.open(name) as file:
+            pickled = file.read(LARGEST_ARGUMENTS + 1)
+    if len(pickled) > LARGEST_ARGUMENTS:
+        raise ValueError(f"it holds more than {LARGEST_ARGUMENTS:,} bytes besides tensors")
+    return _InertUnpickler(io.BytesIO(pickled)).load()
 
 
 def read_index(checkpoint: Path) -> Metadata:
@@ -294,7 +255,7 @@ class _Index:
     def _entry(
         self, name: str, entry: Any, storage: dict[MetadataIndex, _StorageInfo]
     ) -> TensorStorageMetadata | BytesStorageMetadata:
-        if _name(entry) == f"{CHECKPOINT}.metadata.BytesStorageMetadata":
+        if kind_name(entry) == f"{CHECKPOINT}.metadata.BytesStorageMetadata":
             if MetadataIndex(name) not in storage:
                 raise _MalformedError(f"does not say where {name} is")
             return BytesStorageMetadata()
@@ -312,15 +273,16 @@ class _Index:
         return TensorStorageMetadata(TensorProperties(dtype=dtype), size, chunks)
 
 
-def _name(value: Any) -> str:
+def kind_name(value: Any) -> str:
+    """Name of a value's class, that of a stand-in's class included."""
     return type(value).__name__
 
 
 def _fields(value: Any, name: str) -> dict[Any, Any]:
     """State of a stand-in for torch's class of this name."""
-    state = value.state if isinstance(value, _StandIn) and _name(value).endswith(f".{name}") else None
+    state = value.state if isinstance(value, _StandIn) and kind_name(value).endswith(f".{name}") else None
     if not isinstance(state, dict):
-        raise _MalformedError(f"holds {_name(value)} where {name} is expected")
+        raise _MalformedError(f"holds {kind_name(value)} where {name} is expected")
     return state
 
 
@@ -338,20 +300,20 @@ def _list(value: Any) -> list[Any]:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise _MalformedError(f"holds {_name(value)} where a name is expected")
+        raise _MalformedError(f"holds {kind_name(value)} where a name is expected")
     return value
 
 
 def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
-        raise _MalformedError(f"holds {_name(value)} where a number of bytes or a position is expected")
+        raise _MalformedError(f"holds {kind_name(value)} where a number of bytes or a position is expected")
     return value
 
 
 def _size(value: Any) -> torch.Size:
-    arguments = value.arguments if isinstance(value, _StandIn) and _name(value) == "torch.Size" else ()
+    arguments = value.arguments if isinstance(value, _StandIn) and kind_name(value) == "torch.Size" else ()
     if len(arguments) != 1 or not isinstance(arguments[0], tuple | list):
-        raise _MalformedError(f"holds {_name(value)} where a shape is expected")
+        raise _MalformedError(f"holds {kind_name(value)} where a shape is expected")
     return torch.Size([_count(number) for number in arguments[0]])
 
 
@@ -410,7 +372,7 @@ def read_common(checkpoint: Path) -> dict[Any, Any]:
         raise UserError(f"checkpoint {checkpoint}: {COMMON_FILE} cannot be read ({error.strerror})") from None
     common = _load_plain(torch.load, io.BytesIO(content), checkpoint, COMMON_FILE)
     if not isinstance(common, dict):
-        raise UserError(f"checkpoint {checkpoint}: {COMMON_FILE} holds {_name(common)} where a dictionary is expected")
+        raise UserError(f"checkpoint {checkpoint}: {COMMON_FILE} holds {kind_name(common)} where a dictionary is expected")
     return common
 
 

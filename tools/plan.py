@@ -26,7 +26,7 @@ LLAMA3_VOCABULARY = 128_256
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandLine)
     _add_dry_run(commands)
     _add_recommend(commands)
     _add_validate(commands)

@@ -26,12 +26,13 @@ from megatron_ext.hf.families import choose_family
 from megatron_ext.hf.import_config import ImportedConfig
 from megatron_ext.hf.mask_token import copy_tokenizer
 from megatron_ext.hf.stock_shape import stock_encoder
+from megatron_ext.hf.stored_arguments import read_arguments
 from megatron_ext.hf.verification_error import VerificationError
 from megatron_ext.hf.verify import PROBE_LENGTH, UNMOVED, ReferenceLogits, verification_rows
 from megatron_ext.hf.weight_map import Mapping, is_vocabulary
 from megatron_ext.model.presets import EncoderConfig
 from megatron_ext.regular_file import read_small_file
-from megatron_ext.unpickling import COMMON_FILE, INDEX_FILE, read_arguments, read_index
+from megatron_ext.unpickling import COMMON_FILE, INDEX_FILE, read_index
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 LARGEST_LATEST = 64
@@ -80,7 +81,7 @@ class StockSource:
             if isinstance(entry, TensorStorageMetadata) and not IGNORED.fullmatch(key)
         }
         self._tokenizer = tokenizer
-        stored = read_arguments(self.folder)
+        stored = read_arguments(self.folder, self._index)
         encoder = stock_encoder(self.folder, stored.values, model_fields)
         self._check_layers(encoder)
         self.config = ImportedConfig(choose_family("auto", encoder, True, None), encoder, self._rows(stored.values or {}))

@@ -5,8 +5,8 @@ from typing import Any
 
 from megatron_ext.config import ModelConfig
 from megatron_ext.errors import UserError
+from megatron_ext.hf.stored_arguments import NotPlain
 from megatron_ext.model.presets import EncoderConfig, build_encoder_config
-from megatron_ext.unpickling import NotPlain
 
 OPTION = "--model-config"
 LARGEST_NUMBER = 1e30

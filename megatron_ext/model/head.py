@@ -19,8 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
-LOGITS_PER_CHUNK = 2**25
-"""Float32 logits alive at a time on one rank: 128 MiB."""
+from megatron_ext.model.presets import LOGITS_PER_CHUNK
 
 
 class LanguageModelHead(ColumnParallelLinear):

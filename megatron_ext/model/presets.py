@@ -117,6 +117,9 @@ STORED = (
 )
 """Fields that the weights in a checkpoint decide."""
 
+LOGITS_PER_CHUNK = 2**25
+"""Float32 logits that the head has alive at a time on one rank: 128 MiB."""
+
 DEFAULT_PRESET = "tiny"
 PRESETS: dict[str, Callable[[], EncoderConfig]] = {
     "nano": nano,

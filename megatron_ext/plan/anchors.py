@@ -9,7 +9,7 @@ from megatron_ext.plan.execution import Execution
 from megatron_ext.plan.hardware import Gpu
 from megatron_ext.plan.workload import Shape, Workload
 
-MI250X_DIE = Gpu("mi250x", 191.5e12, 0, 64e9, 1.6e12, 200e9, network=12.5e9, processors=110)
+MI250X_DIE = Gpu("mi250x", None, 191.5e12, 0, 64e9, 1.6e12, 200e9, network=12.5e9, processors=110)
 """One of the two dies that count as devices (AMD's data sheet, halved); no efficiency of it is known here."""
 
 MEGATRON = "Megatron-LM README (2024)"

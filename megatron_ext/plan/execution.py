@@ -4,14 +4,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from megatron_ext.config import PrecisionConfig, Recipe, TrainingConfig
+from megatron_ext.model.presets import LOGITS_PER_CHUNK
 from megatron_ext.plan.kernels import BLOCKWISE_RATE
 
 if TYPE_CHECKING:  # it imports torch
     from megatron_ext.runtime.topology import Layout
 
 Stack = Literal["fused", "autocast", "compiled"]
-LOGITS_PER_CHUNK = 2**25
-"""Of this stack's head: model/head.py, which a test compares, imports torch."""
 
 
 @dataclass(frozen=True, kw_only=True)

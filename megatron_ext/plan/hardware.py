@@ -20,8 +20,8 @@ class Gpu:
     """One kind of GPU and the machine it stands in."""
 
     name: str
-    capability: tuple[int, int]
-    """Compute capability."""
+    capability: tuple[int, int] | None
+    """Compute capability; None for another vendor's."""
     bf16_peak: float
     """Data sheet's dense rate, FLOP/s."""
     fp8_peak: float

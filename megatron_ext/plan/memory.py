@@ -3,12 +3,10 @@
 from dataclasses import dataclass, fields
 
 from megatron_ext.config import PrecisionConfig, TrainingConfig
-from megatron_ext.model.presets import EncoderConfig, padded_vocab_size
+from megatron_ext.model.presets import LOGITS_PER_CHUNK, EncoderConfig, padded_vocab_size
 from megatron_ext.plan.shards import buffer_ranges, is_fp8, is_fp8_layer, stage_chunks
 from megatron_ext.runtime.topology import Layout
 
-LOGITS_PER_CHUNK = 2**25
-"""That of `model.head`, whose import takes megatron-core's time."""
 CPU_LIBRARIES = 24 * 2**20
 """Buffers that torch's libraries keep for themselves on a CPU: measured, docs/results/memory.md."""
 FLOAT32 = 4

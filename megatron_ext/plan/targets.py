@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from megatron_ext.model.presets import PRESETS
-from megatron_ext.plan.execution import LOGITS_PER_CHUNK, Execution
+from megatron_ext.model.presets import LOGITS_PER_CHUNK, PRESETS
+from megatron_ext.plan.execution import Execution
 from megatron_ext.plan.hardware import GPUS
 from megatron_ext.plan.kernels import Constants
 from megatron_ext.plan.speed import predict

@@ -44,7 +44,8 @@ def choose_backend(requested: Literal["auto", "local", "transformer_engine"]) ->
         UserError: Transformer Engine was asked for and cannot be used here, or the installed `apex` is not NVIDIA's.
     """
     check_apex()
-    has_gpu = torch.cuda.is_available()
+    device = own_device()
+    has_gpu = device.type == "cuda"
     missing = [
         name for name, present in (("a CUDA device", has_gpu), ("Transformer Engine", has_transformer_engine())) if not present
     ]
@@ -53,12 +54,11 @@ def choose_backend(requested: Literal["auto", "local", "transformer_engine"]) ->
             f"training.backend is transformer_engine, but this machine has no {' and no '.join(missing)}: use auto or local"
         )
     layers = "local" if missing or requested == "local" else "transformer_engine"
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if has_gpu else torch.device("cpu")
     capability = torch.cuda.get_device_capability() if has_gpu else None
     return Backend(device=device, layers=layers, communication="nccl" if has_gpu else "gloo", capability=capability)
 
 
-def expected_backend(requested: Literal["auto", "local", "transformer_engine"], capability: tuple[int, int]) -> Backend:
+def expected_backend(requested: Literal["auto", "local", "transformer_engine"], capability: tuple[int, int] | None) -> Backend:
     """What a run gets on a GPU of this compute capability where Transformer Engine is installed."""
     layers: Literal["local", "transformer_engine"] = "local" if requested == "local" else "transformer_engine"
     return Backend(torch.device("cuda"), layers, "nccl", capability)
@@ -90,3 +90,10 @@ def pretended_backend(expected: Backend) -> Backend:
     has_modules = expected.layers == "transformer_engine" and has_transformer_engine()
     layers: Literal["local", "transformer_engine"] = "transformer_engine" if has_modules else "local"
     return Backend(torch.device("meta"), layers, "fake", expected.capability)
+
+
+def own_device() -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")

@@ -2,7 +2,7 @@
 (`megatron_ext.unpickling.only_plain_data` replaces two functions of torch while a checkpoint is loaded.)
 
 megatron-core assumes CUDA in three ways, each met by one patch below. All were found on 0.16.1 and hold to 0.19.x
-(`SUPPORTED`); `patch_megatron` refuses other versions, so that an upgrade is looked at before it is trusted.
+(`megatron_versions.SUPPORTED`); `patch_megatron` refuses other versions, so that an upgrade is looked at before it is trusted.
 The patches are applied once per process, before any process group, and never where CUDA is available.
 """
 
@@ -18,12 +18,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-from megatron_ext.errors import UserError
 from megatron_ext.runtime.adamw import FusedAdamW
+from megatron_ext.runtime.megatron_versions import check_version
 from megatron_ext.runtime.writer import patch_checkpoint_writer
-
-SUPPORTED = ((0, 16), (0, 19))
-"""First and last megatron-core (major, minor) that these patches were checked against."""
 
 CUDA_CONSTANTS = {
     "cuda": "cpu",
@@ -50,21 +47,14 @@ def patch_megatron() -> None:
     Raises:
         UserError: megatron-core is outside the versions that the patches were checked against.
     """
-    _check_version()
+    check_version()
     patch_torch_optimizer()
     patch_checkpoint_writer()
     if not torch.cuda.is_available():
         patch_cuda_runtime()
         patch_rng_tracker()
         patch_cuda_constants()
-
-
-def _check_version() -> None:
-    from megatron.core.package_info import MAJOR, MINOR, __version__
-
-    if not SUPPORTED[0] <= (MAJOR, MINOR) <= SUPPORTED[1]:
-        first, last = (".".join(map(str, version)) for version in SUPPORTED)
-        raise UserError(f"megatron-core {__version__} is installed: this version of megatron_ext supports {first} to {last}")
+        patch_tensor_lists()
 
 
 def patch_cuda_runtime() -> None:
@@ -195,24 +185,46 @@ class _OnMeta(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+def patch_tensor_lists() -> None:
+    """Where Transformer Engine or Apex is installed, as in the environment that a cluster's login nodes share, megatron takes
+    norms and scales lists of tensors with their CUDA kernels: give it its own loops, which it has for machines without them.
+    """
+    utils = importlib.import_module("megatron.core.utils")
+    own = {
+        "multi_tensor_applier": utils.local_multi_tensor_applier,
+        "l2_norm_impl": utils.local_multi_tensor_l2_norm,
+        "multi_tensor_scale_impl": utils.local_multi_tensor_scale,
+        "multi_tensor_scale_tensor_impl": None,  # 0.19: then the one above does it
+    }
+    for name in ("megatron.core.optimizer.clip_grads", "megatron.core.optimizer.optimizer"):
+        module = importlib.import_module(name)
+        for attribute in own.keys() & vars(module).keys():
+            setattr(module, attribute, own[attribute])
+
+
+def _has_fused_adam() -> bool:
+    """Whether megatron has found TE's or Apex's AdamW, and there is a GPU for it."""
+    return torch.cuda.is_available() and not importlib.import_module("megatron.core.optimizer").USING_PYTORCH_OPTIMIZER
+
+
 def adamw_class() -> type:
-    """The AdamW of a run: Transformer Engine's or Apex's as megatron chooses, and `FusedAdamW` where it finds neither."""
-    optimizer = importlib.import_module("megatron.core.optimizer")
-    return FusedAdamW if optimizer.USING_PYTORCH_OPTIMIZER else optimizer.Adam
+    """The AdamW of a run: Transformer Engine's or Apex's as megatron chooses, and `FusedAdamW` where neither can run."""
+    return importlib.import_module("megatron.core.optimizer").Adam if _has_fused_adam() else FusedAdamW
 
 
 def patch_torch_optimizer() -> None:
     """Without TE and Apex megatron takes `torch.optim.AdamW`, unfused and with the step in each parameter's state.
 
     That is slow, and the distributed optimizer cannot load what it saved (`KeyError: 'step'`). `FusedAdamW` keeps to the
-    interface of Apex's optimizer, so megatron is told that it has that one. Needed on any device without TE and Apex.
+    interface of Apex's optimizer, so megatron is told that it has that one. Needed on any device without TE and Apex, and without
+    a GPU in any case: their optimizers are CUDA kernels.
     """
     optimizer = importlib.import_module("megatron.core.optimizer")
     distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
 
-    if not optimizer.USING_PYTORCH_OPTIMIZER:
+    if _has_fused_adam():
         return
-    optimizer.Adam = distributed.Adam = adamw_class()
+    optimizer.Adam = distributed.Adam = FusedAdamW
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distributed.HAVE_APEX_OR_TE = True
     distributed.USING_APEX_OPTIMIZER = True

@@ -11,7 +11,7 @@ import torch
 from megatron_ext.config import ParallelConfig, TrainingConfig
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.attempt import join
-from megatron_ext.runtime.backend import Backend
+from megatron_ext.runtime.backend import Backend, own_device
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,24 @@ def pretended_groups(layout: Layout, backend: Backend, rank: int) -> Iterator[No
 
 
 @contextmanager
+def default_group(timeout: timedelta = timedelta(minutes=10)) -> Iterator[None]:
+    """Context with the default process group, and with this rank's device bound; megatron's groups are not made.
+
+    One that is there already is left alone. Otherwise it is made from torchrun's environment, or of this one rank on a free local
+    port, and destroyed at the end.
+    """
+    if torch.distributed.is_initialized():
+        yield
+        return
+    device = own_device()
+    _make_default_group("nccl" if device.type == "cuda" else "gloo", device, timeout)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@contextmanager
 def process_groups(layout: Layout, backend: Backend, timeout: timedelta = timedelta(minutes=10)) -> Iterator[None]:
     """Context with megatron's groups for this layout, and with the device bound.
 
@@ -166,14 +184,10 @@ def initialize(layout: Layout, backend: Backend, timeout: timedelta = timedelta(
     """Create the default process group, if there is none, and megatron's groups for this layout; bind the device."""
     from megatron.core import parallel_state
 
-    if backend.device.type == "cuda":
-        torch.cuda.set_device(backend.device)
     if not torch.distributed.is_initialized():
-        if "RANK" in os.environ:
-            store, rank, ranks = join(timeout)
-        else:
-            store, rank, ranks = torch.distributed.TCPStore("localhost", 0, 1, is_master=True), 0, 1
-        torch.distributed.init_process_group(backend.communication, store=store, rank=rank, world_size=ranks, timeout=timeout)
+        _make_default_group(backend.communication, backend.device, timeout)
+    elif backend.device.type == "cuda":
+        torch.cuda.set_device(backend.device)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -182,3 +196,13 @@ def initialize(layout: Layout, backend: Backend, timeout: timedelta = timedelta(
         distributed_timeout_minutes=timeout / timedelta(minutes=1),  # a fraction is as good: it goes into a timedelta
         create_gloo_process_groups=backend.communication != "fake",
     )
+
+
+def _make_default_group(communication: str, device: torch.device, timeout: timedelta) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        store, rank, ranks = join(timeout)
+    else:
+        store, rank, ranks = torch.distributed.TCPStore("localhost", 0, 1, is_master=True), 0, 1
+    torch.distributed.init_process_group(communication, store=store, rank=rank, world_size=ranks, timeout=timeout)

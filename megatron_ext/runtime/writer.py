@@ -1,7 +1,6 @@
-"""megatron's checkpoint writer: two guarded patches, needed on any device, an eye on its processes, and what versions differ in."""
+"""megatron's checkpoint writer: two guarded patches, needed on any device, and an eye on its processes."""
 
 import contextlib
-import importlib
 import io
 import multiprocessing
 import os
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron_ext.runtime import megatron_versions
 from megatron_ext.runtime.results_manager import end_with_parent
 
 COMMON_FILE = "common.pt"
@@ -29,21 +29,21 @@ def patch_checkpoint_writer() -> None:
 
 
 def patch_common_state() -> None:
-    """megatron 0.16 writes `common.pt` on rank 0 in the middle of a collective save.
+    """megatron before 0.19 writes `common.pt` on rank 0 in the middle of a collective save.
 
     If the disk is full there, rank 0 leaves the others waiting for ever. Written this way the failure shows as a missing file
-    (`common_state_is_missing`) that all ranks learn of. megatron 0.19 has no such file.
+    (`common_state_is_missing`) that all ranks learn of.
     """
-    common = importlib.import_module("megatron.core.dist_checkpointing.strategies.common")
-    if hasattr(common, "TorchCommonSaveStrategy"):
-        common.TorchCommonSaveStrategy.save_common = lambda self, state, folder: _save_common(state, Path(folder))
+    place = megatron_versions.common_writer()
+    if place is not None:
+        setattr(*place, staticmethod(_save_common))
 
 
-def _save_common(state: Any, folder: Path) -> None:
+def _save_common(state: Any, folder: str | Path) -> None:
     if torch.distributed.get_rank() == 0:
         content = io.BytesIO()
         torch.save(state, content)
-        path = folder / COMMON_FILE
+        path = Path(folder) / COMMON_FILE
         try:
             path.write_bytes(content.getvalue())
         except OSError:
@@ -52,14 +52,12 @@ def _save_common(state: Any, folder: Path) -> None:
 
 def common_state_is_missing(folder: Path) -> bool:
     """Whether this version of megatron should have written `common.pt` and could not."""
-    common = importlib.import_module("megatron.core.dist_checkpointing.strategies.common")
-    return hasattr(common, "TorchCommonSaveStrategy") and not (folder / COMMON_FILE).is_file()
+    return megatron_versions.common_writer() is not None and not (folder / COMMON_FILE).is_file()
 
 
 def patch_results_queue() -> None:
     """megatron's writers report to a manager process, which would outlive a trainer that is killed: ours ends with it."""
-    writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
-    name = "get_write_results_queue" if hasattr(writer, "get_write_results_queue") else "_get_write_results_queue"
+    writer, name = megatron_versions.results_queue()
 
     def results_queue(mp_mode: str = "spawn") -> Any:
         if writer._results_queue is None:
@@ -117,10 +115,3 @@ def kill_with_its_processes(pid: int) -> None:
         writer = psutil.Process(pid)
         _kill_processes(writer)
         writer.kill()
-
-
-def asynchronous_arguments() -> dict[str, Any]:
-    """What an asynchronous `dist_checkpointing.save` needs beside the flag: from 0.19 on there are two writers to choose from."""
-    from megatron.core.package_info import MAJOR, MINOR
-
-    return {"async_strategy": "mcore"} if (MAJOR, MINOR) >= (0, 17) else {}

@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a run is found here, before any process group or model exists."""
+"""Everything that can be wrong with a run is found here, before any of megatron's process groups or a model exists."""
 
 from dataclasses import dataclass
 from pathlib import Path

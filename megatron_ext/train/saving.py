@@ -28,9 +28,9 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from megatron_ext.checkpoint_files import checkpoint_name, describe_files
 from megatron_ext.errors import UserError
+from megatron_ext.runtime.megatron_versions import asynchronous_arguments
 from megatron_ext.runtime.writer import (
     KILLED,
-    asynchronous_arguments,
     common_state_is_missing,
     ending_with_its_processes,
     kill_with_its_processes,

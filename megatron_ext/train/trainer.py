@@ -20,7 +20,7 @@ from megatron_ext.model.fp8_emulation import end_step
 from megatron_ext.runtime.allocator import give_back_freed_memory
 from megatron_ext.runtime.cpu import patch_megatron
 from megatron_ext.runtime.precision import emulation_notice
-from megatron_ext.runtime.topology import process_groups, rank_from_environment, world_size_from_environment
+from megatron_ext.runtime.topology import default_group, process_groups, rank_from_environment, world_size_from_environment
 from megatron_ext.runtime.userbuffers import start_userbuffers
 from megatron_ext.runtime.watchdog import Watchdog
 from megatron_ext.train.agreement import Agreement
@@ -28,6 +28,7 @@ from megatron_ext.train.batch_log import BatchLog
 from megatron_ext.train.build import build_model, whole_weights, wrap_model
 from megatron_ext.train.changes import as_records, check_changes
 from megatron_ext.train.checkpoint import load_checkpoint
+from megatron_ext.train.environment import prepare_together
 from megatron_ext.train.folder_lock import held_by_this_run
 from megatron_ext.train.metrics import Counters, SpeedMeter, peak_flops, step_flops
 from megatron_ext.train.optimizer import (
@@ -64,17 +65,30 @@ def train(config: RunConfig) -> int:
     Raises:
         UserError: the configuration does not fit the data, the machine or the checkpoint.
     """
+    with default_group(group_timeout(config)):
+        agreement = Agreement(group_timeout(config))
+        setup = prepare_together(config, agreement, functools.partial(_prepare, config))
+        use_all_cores()
+        if setup.backend.device.type == "cpu":
+            give_back_freed_memory()
+        patch_megatron()
+        return _train(setup, agreement)
+
+
+def _prepare(config: RunConfig) -> RunSetup:
     setup = prepare(config, world_size_from_environment())
     check_resume(config)
     notice = emulation_notice(config.precision)
     if notice and rank_from_environment() == 0:
         say(notice)
-    use_all_cores()
-    if setup.backend.device.type == "cpu":
-        give_back_freed_memory()
-    patch_megatron()
-    timeout = 60 * config.training.timeout_minutes
+    return setup
+
+
+def _train(setup: RunSetup, agreement: Agreement) -> int:
+    """What `train` does once the ranks have found each other alike."""
+    config = setup.config
     groups = process_groups(setup.layout, setup.backend, group_timeout(config))
+    timeout = 60 * config.training.timeout_minutes
     held = held_by_this_run(Path(config.output_dir))
     with StopRequest() as stop, groups, Watchdog(timeout, EXIT_HANG) as watchdog, held:
         checkpoint = choose_checkpoint(config, watchdog.mark)
@@ -86,7 +100,7 @@ def train(config: RunConfig) -> int:
         watchdog.at_end = functools.partial(trackers.finish, "FAILED")
         status: Status = "FAILED"
         try:
-            trainer = Trainer.build(setup, trackers, watchdog, stop)
+            trainer = Trainer.build(setup, agreement, trackers, watchdog, stop)
             if checkpoint and record:
                 trainer.restore(checkpoint, record)
             elif start:
@@ -168,7 +182,7 @@ class Trainer:
     """A signal has come to some rank."""
 
     @classmethod
-    def build(cls, setup: RunSetup, trackers: Trackers, watchdog: Watchdog, stop: StopRequest) -> "Trainer":
+    def build(cls, setup: RunSetup, agreement: Agreement, trackers: Trackers, watchdog: Watchdog, stop: StopRequest) -> "Trainer":
         """Build model, optimizer and loader; the process groups must exist."""
         config = setup.config
         watchdog.mark("building the model")
@@ -187,7 +201,6 @@ class Trainer:
         optimizer = build_optimizer(config.optimizer, chunks, setup.dtype, setup.layout.distributed_optimizer, config.precision)
         rank = parallel_state.get_data_parallel_rank()
         builder = BatchBuilder(setup.training_data, config.data, setup.vocabulary, config.training.seed)
-        agreement = Agreement(group_timeout(config))
         folder = checkpoint_folder(config)
         return cls(
             setup=setup,

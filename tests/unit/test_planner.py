@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +24,7 @@ from megatron_ext.config import (
 from megatron_ext.errors import UserError
 from megatron_ext.model.flops import training_flops
 from megatron_ext.model.presets import PRESETS, build_encoder_config
-from megatron_ext.plan import calibration, execution
+from megatron_ext.plan import calibration
 from megatron_ext.plan.anchors import ANCHORS
 from megatron_ext.plan.calibration import error_summary, validate
 from megatron_ext.plan.collectives import context_seconds, tensor_seconds
@@ -33,7 +32,7 @@ from megatron_ext.plan.communication import step_traffic
 from megatron_ext.plan.execution import Execution
 from megatron_ext.plan.hardware import GPUS, Gpu, find_gpu
 from megatron_ext.plan.kernels import ATTENTION_RATES, CALIBRATED, Constants, attention_rate, product_seconds
-from megatron_ext.plan.memory import LOGITS_PER_CHUNK, rank_memory
+from megatron_ext.plan.memory import rank_memory
 from megatron_ext.plan.phases import phase_works
 from megatron_ext.plan.recommend import PAYS, choose, figures_of, fp8_gain, reasons, settings, yaml_block
 from megatron_ext.plan.search import Search, search
@@ -206,14 +205,6 @@ def test_bytes_are_those_that_our_modules_send(tensor: int, context: int) -> Non
     per_stage = run.micro_batches * 8
     assert tensor_seconds(slow, CALIBRATED, work, run) * per_stage * 1e6 == pytest.approx(sent["tensor"], rel=1e-3)
     assert context_seconds(slow, work, run) * per_stage * 1e6 == pytest.approx(sent["context"], rel=1e-3)
-
-
-def test_chunks_of_logits_are_those_of_the_head() -> None:
-    """Read from the source, as the head imports megatron-core."""
-    source = (ROOT / "megatron_ext" / "model" / "head.py").read_text(encoding="utf-8")
-    power = re.search(r"^LOGITS_PER_CHUNK = 2\*\*(\d+)$", source, re.MULTILINE)
-    assert power is not None
-    assert execution.LOGITS_PER_CHUNK == LOGITS_PER_CHUNK == 2 ** int(power[1])
 
 
 # Published runs

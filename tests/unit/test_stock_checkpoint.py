@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from megatron_ext.checkpoint_files import read_run_file
 from megatron_ext.data.tokenizer import load_tokenizer
@@ -26,10 +28,10 @@ from megatron_ext.hf.checkpoint_writer import LazyTensor, write_tensors
 from megatron_ext.hf.import_model import import_model
 from megatron_ext.hf.stock_checkpoint import StockSource
 from megatron_ext.hf.stock_shape import REFUSED
+from megatron_ext.hf.stored_arguments import NotPlain, read_arguments
 from megatron_ext.hf.verify import VerificationError
 from megatron_ext.hf.weight_map import build_mappings
 from megatron_ext.train.checkpoint_logits import checkpoint_logits
-from megatron_ext.unpickling import NotPlain, read_arguments
 from tests.unit.hf_tokenizers import write_qwen
 from tests.unit.test_hf_export import tokenizer_file  # noqa: F401
 
@@ -256,7 +258,21 @@ def test_nothing_of_common_is_run(content: str, tokenizer_file: Path, tmp_path: 
     assert not marker.exists()
 
 
-def test_objects_beside_the_arguments_are_read_past(tmp_path: Path) -> None:
+NO_INDEX = Metadata({}, storage_data={})
+
+
+def put_common(folder: Path, content: bytes, among_shards: bool) -> Metadata:
+    """Lay down what megatron keeps beside the tensors: in a file, or as 0.19 does among the shards. Returns the index."""
+    if not among_shards:
+        (folder / "common.pt").write_bytes(content)
+        return NO_INDEX
+    (folder / "__0_0.distcp").write_bytes(b"before" + content + b"after")
+    place = MetadataIndex("common_state/shard_0_1")
+    return Metadata({place.fqn: BytesStorageMetadata()}, storage_data={place: _StorageInfo("__0_0.distcp", 6, len(content))})
+
+
+@pytest.mark.parametrize("among_shards", [False, True])
+def test_objects_beside_the_arguments_are_read_past(among_shards: bool, tmp_path: Path) -> None:
     values = {
         "kind": Kind.GPT,
         "dtype": torch.bfloat16,
@@ -266,19 +282,20 @@ def test_objects_beside_the_arguments_are_read_past(tmp_path: Path) -> None:
     }
     values |= {"function": torch.nn.functional.silu, "number": 3, "share": 0.5, "text": "x", "flag": True, "none": None}
     state = {"args": argparse.Namespace(**values), "iteration": 5, "tensor": torch.ones(3), "scheduler": {"rng": torch.Generator}}
-    torch.save(state, tmp_path / "common.pt")
-    stored = read_arguments(tmp_path)
+    torch.save(state, buffer := io.BytesIO())
+    stored = read_arguments(tmp_path, put_common(tmp_path, buffer.getvalue(), among_shards))
     assert stored.iteration == 5
     plain = {name: value for name, value in stored.values.items() if not isinstance(value, NotPlain)}
     assert plain == {"number": 3, "share": 0.5, "text": "x", "flag": True, "none": None}
     assert stored.values.keys() == values.keys() and stored.values["dtype"] == NotPlain("type")
 
 
+@pytest.mark.parametrize("among_shards", [False, True])
 @pytest.mark.parametrize("content", [b"", b"no archive", pickle.dumps({"args": 1})], ids=["empty", "text", "bare pickle"])
-def test_a_damaged_common_is_one_line(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "common.pt").write_bytes(content)
-    with pytest.raises(UserError, match=r"common.pt cannot be read"):
-        read_arguments(tmp_path)
+def test_a_damaged_common_is_one_line(content: bytes, among_shards: bool, tmp_path: Path) -> None:
+    index = put_common(tmp_path, content, among_shards)
+    with pytest.raises(UserError, match=r"common(\.pt|_state/shard_0_1) cannot be read"):
+        read_arguments(tmp_path, index)
 
 
 def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path: Path) -> None:
@@ -287,7 +304,7 @@ def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path: Path) -> None:
         archive.writestr("archive/data.pkl", bytes(2**26 + 1))
     (tmp_path / "common.pt").write_bytes(buffer.getvalue())
     with pytest.raises(UserError, match="holds more than"):
-        read_arguments(tmp_path)
+        read_arguments(tmp_path, NO_INDEX)
 
 
 def test_an_index_of_an_older_torch_is_read(tokenizer_file: Path, tmp_path: Path) -> None:  # noqa: F811
