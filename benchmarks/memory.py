@@ -50,7 +50,7 @@ REDUCED = {"num_layers": 4}
 # In bfloat16 oneDNN keeps kernels that it has compiled for every length of a document, up to 1,024: nobody can foretell how many.
 # Rows in bfloat16 have one length; one shows what several do.
 ROWS = (
-    Row("smallest: tiny, s 256, b 8, V 8k", "tiny", 256, 8, 8_192),
+    Row("smallest: tiny, s 256, b 8, V 8k", "tiny", 256, 8, 8_192, micro_batches=1),
     Row("tiny, s 512, b 16, V 8k", "tiny", 512, 16, 8_192),
     Row("tiny, s 512, b 4, V 8k, CLM", "tiny", 512, 4, 8_192, predicted_share=1.0),
     Row("tiny, s 512, b 16, V 8k, bf16", "tiny", 512, 16, 8_192, "bf16", documents=1),
@@ -91,7 +91,7 @@ def main() -> int:
         parts = " | ".join(f"{value / 2**20:,.0f}" for value in result["parts"].values())
         predicted, measured = (result[key] / 2**20 for key in ("predicted", "measured"))
         print(f"| {result['name']} | {parts} | {predicted:,.0f} | {measured:,.0f} | {result['error']:+.1%} |", flush=True)
-    (arguments.output_dir / "memory.json").write_text(json.dumps({"machine": _machine(), "rows": results}, indent=1))
+    (arguments.output_dir / "memory.json").write_text(json.dumps(results, indent=1))
     return 1 if any(result["is_held"] and abs(result["error"]) > arguments.tolerance for result in results) else 0
 
 
@@ -102,17 +102,11 @@ def _in_own_process(number: int) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _machine() -> dict[str, Any]:
-    import torch
-    from megatron.core.package_info import __version__
-
-    return {"python": platform.python_version(), "torch": torch.__version__, "megatron-core": __version__, "cores": os.cpu_count()}
-
-
 def measure(row: Row) -> dict[str, Any]:
     """Train one row in this process, and compare."""
     warnings.simplefilter("ignore")
     import torch
+    from megatron.core.package_info import __version__ as megatron_version
 
     from megatron_ext.config import OptimizerConfig, ParallelConfig, PrecisionConfig, TrainingConfig
     from megatron_ext.model.presets import PRESETS
@@ -150,6 +144,8 @@ def measure(row: Row) -> dict[str, Any]:
     )
     return {
         **dataclasses.asdict(row),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "megatron-core": megatron_version},
+        "cores": os.cpu_count(),
         "parts": dataclasses.asdict(predicted),
         "predicted": predicted.total,
         "measured": measured,
