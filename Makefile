@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 PYTHON312 ?= python3.12
 COMPAT := .venv-compat
 
-.PHONY: install demo adapt test test-compat test-slow test-gpu soak bench-conversion fp8-study lint clean
+.PHONY: install demo adapt test test-compat test-slow test-gpu soak bench-conversion bench-memory fp8-study lint clean
 
 install: $(INSTALLED)
 
@@ -53,6 +53,10 @@ soak: install
 # Time and memory of import and export beside a plain copy, and parity for each family. Results in build/conversion.
 bench-conversion: install
 	$(BIN)/python -m tests.conversion.measure --output-dir build/conversion
+
+# Peak memory of training on a CPU, predicted and measured. Results in build/memory, and in docs/results/memory.md.
+bench-memory: install
+	$(BIN)/python -m benchmarks.memory --output-dir build/memory
 
 # The demo's plan in float32, bfloat16 and every FP8 recipe, emulated: losses side by side. Results in build/fp8_study.
 fp8-study: install
