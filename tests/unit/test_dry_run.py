@@ -18,7 +18,7 @@ from megatron_ext.model.flops import count_parameters
 from megatron_ext.model.presets import PRESETS
 from megatron_ext.plan.dry_run import DryRun, dry_run, largest_predicted_share
 from megatron_ext.plan.memory import rank_memory
-from megatron_ext.runtime.backend import ON_CPU
+from megatron_ext.runtime.backend import ON_CPU, expected_backend
 from megatron_ext.runtime.launch import PRELOADED, run_on_ranks
 from megatron_ext.train.preflight import check_structure, prepare
 from tests.unit.processes import refusal, run_tool
@@ -38,6 +38,18 @@ CASES = {
         "model": {"preset": "nano", "tie_embeddings": True},
         "parallel": {"pipeline": 4, "distributed_optimizer": True},
     },
+    "context, overlap, recomputation": {
+        "parallel": {
+            "context": 2,
+            "tensor": 2,
+            "distributed_optimizer": True,
+            "overlap_gradient_reduce": True,
+            "overlap_parameter_gather": True,
+        },
+        "training": {"micro_batch_size": 2, "global_batch_size": 64, "recompute": "full"},
+    },
+    "fp8": {"precision": {"recipe": "fp8-delayed"}},
+    "fp8 weights": {"precision": {"recipe": "fp8-tensorwise", "fp8_parameters": True}, "parallel": {"distributed_optimizer": True}},
     "tied, biases, norms": {"model": {"preset": "nano", "tie_embeddings": True, "qkv_bias": True, "qk_norm": True}},
 }
 REAL = {"parallel": {"tensor": 2, "distributed_optimizer": True}, "precision": {"recipe": "bf16"}}
@@ -94,7 +106,7 @@ def pool() -> ProcessPoolExecutor:
 @pytest.mark.parametrize("case", CASES)
 def test_formulas_give_the_bytes_of_what_is_built(case: str, pool: ProcessPoolExecutor) -> None:
     config = config_of(**CASES[case])
-    structure = check_structure(config, 16, ON_CPU)
+    structure = check_structure(config, 16, expected_backend("auto", (9, 0)))
     result = pool.submit(build, 16, None, CASES[case]).result()
     assert [report.stage for report in result.ranks] == list(range(config.parallel.pipeline))
     for report in result.ranks:
@@ -143,6 +155,8 @@ REFUSED = {
     "schedule": ({"optimizer": {"warmup_steps": 100}}, 16),
     "stop": ({"training": {"global_batch_size": 64, "stop_at_step": 11}}, 16),
     "preset": ({"model": {"preset": "300b"}}, 16),
+    "context": ({"parallel": {"context": 3}}, 15),
+    "fp8 shape": ({"precision": {"recipe": "fp8-blockwise", "emulation": True}}, 16),
     "validation": ({"validation": {"interval": 1, "samples": 3}}, 16),
 }
 
