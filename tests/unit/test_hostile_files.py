@@ -173,8 +173,8 @@ def test_a_folder_of_hostile_files_is_tokenized(corpus: Corpus, tmp_path: Path) 
     dataset = IndexedDataset(str(tmp_path / "out"))  # its arrays die with it
     found = [tokenizer.decode(ids.tolist()) for ids in dataset[:]]
     assert [text.rstrip("\r\n") for text in found] == expected
-    # About 360 MiB are Python with torch (830 with torch's CUDA build and megatron-core 0.19), and 64 MiB a batch of Parquet cells, of
-    # which the allocator may keep another.
+    # About 360 MiB are Python with torch (830 with torch's CUDA build and megatron-core 0.19), and 64 MiB a batch of Parquet cells,
+    # of which the allocator may keep another.
     limit = (700 if torch.version.cuda is None else 1200) * MIB
     assert ended.peak_bytes < limit, f"{ended.peak_bytes / MIB:.0f} MiB"
 
