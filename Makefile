@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 PYTHON312 ?= python3.12
 COMPAT := .venv-compat
 
-.PHONY: install demo adapt test test-compat test-slow soak bench-conversion lint clean
+.PHONY: install demo adapt test test-compat test-slow test-gpu soak bench-conversion fp8-study lint clean
 
 install: $(INSTALLED)
 
@@ -25,9 +25,10 @@ demo: install
 adapt: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/adapt_decoder/run.sh
 
-# Three files at a time: most tests wait for processes of their own, so that two cores have room for a third.
+# Three files at a time: most tests wait for processes of their own, so that two cores have room for a third. In their order:
+# the long files come first, so that none of them runs alone at the end.
 test: install
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # The same tests under the newest megatron-core that is supported, which needs Python 3.12. What came out: docs/results/compatibility.md.
 test-compat: $(COMPAT)/.installed
@@ -41,6 +42,10 @@ $(COMPAT)/.installed: setup.py constraints-compat.txt
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
+# What only a GPU can show, Transformer Engine and FP8 included: run it on a machine that has them. Skips say why.
+test-gpu: install
+	$(BIN)/python -m pytest -s tests/gpu
+
 # One run killed at random 30 times, with damaged checkpoints, against the undisturbed one. Results in build/soak.
 soak: install
 	$(BIN)/python -m tests.soak.run --output-dir build/soak
@@ -48,6 +53,10 @@ soak: install
 # Time and memory of import and export beside a plain copy, and parity for each family. Results in build/conversion.
 bench-conversion: install
 	$(BIN)/python -m tests.conversion.measure --output-dir build/conversion
+
+# The demo's plan in float32, bfloat16 and every FP8 recipe, emulated: losses side by side. Results in build/fp8_study.
+fp8-study: install
+	$(BIN)/python -m benchmarks.fp8_study --output-dir build/fp8_study
 
 lint: install
 	$(BIN)/ruff check .

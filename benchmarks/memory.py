@@ -112,6 +112,7 @@ def measure(row: Row) -> dict[str, Any]:
     from megatron_ext.config import OptimizerConfig, ParallelConfig, PrecisionConfig, TrainingConfig
     from megatron_ext.model.presets import PRESETS
     from megatron_ext.plan.memory import rank_memory
+    from megatron_ext.runtime.allocator import give_back_freed_memory
     from megatron_ext.runtime.backend import choose_backend
     from megatron_ext.runtime.cpu import patch_megatron
     from megatron_ext.runtime.topology import check_layout, process_groups
@@ -119,6 +120,7 @@ def measure(row: Row) -> dict[str, Any]:
     from megatron_ext.train.optimizer import build_optimizer, gradient_norm, update
     from megatron_ext.train.step import run_schedule
 
+    give_back_freed_memory()
     patch_megatron()
     dtype = torch.float32 if row.recipe == "fp32" else torch.bfloat16
     encoder = dataclasses.replace(PRESETS[row.preset](), **row.changes)
@@ -128,7 +130,7 @@ def measure(row: Row) -> dict[str, Any]:
     with process_groups(layout, backend):
         torch.ones(256, 256, dtype=dtype, requires_grad=True).mm(torch.ones(256, 256, dtype=dtype)).sum().backward()
         before = reset_peak()
-        chunks = wrap_model(build_model(encoder, row.vocab_size, layout, backend, dtype, 0), False)
+        chunks = wrap_model(build_model(encoder, row.vocab_size, layout, backend, dtype, 0), layout)
         optimizer = build_optimizer(OptimizerConfig(), chunks, dtype, False)
         batches = [make_batch(row, number) for number in range(row.micro_batches)]
         for _ in range(STEPS):

@@ -19,6 +19,8 @@ from megatron_ext.run_record import parse_run_record
 
 FORMAT = 1
 RUN_FILE = "run.json"
+FP8_HISTORY = "emulated_amax_history"
+"""End of the name of a layer's FP8 history, the one tensor of a model that is no parameter: see `model.fp8_emulation`."""
 LARGEST_RUN_FILE = 2**26
 TOKENIZER_FOLDER = "tokenizer"
 GENERATION_FILE = "generation_config.json"

@@ -324,6 +324,9 @@ class OptimizerConfig:
         )
 
 
+Recompute = Literal["none", "attention", "full"]
+
+
 @dataclass(kw_only=True)
 class TrainingConfig:
     """Batch sizes, numbers and what ends the run."""
@@ -334,7 +337,7 @@ class TrainingConfig:
     """Samples in one forward pass of one data-parallel rank."""
     global_batch_size: int = 8
     """Samples in one optimizer step."""
-    recompute: Literal["none", "attention", "full"] = "none"
+    recompute: Recompute = "none"
     """What the backward pass computes again instead of keeping it: nothing, the core attention, or whole layers."""
     backend: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layers: torch modules, Transformer Engine modules, or what this machine has."""

@@ -40,6 +40,10 @@ class UserError(Exception):
         super().__init__(message)
 
 
+class SharedError(UserError):
+    """A mistake that all ranks of a run know of at the same moment. Rank 0 prints it, for all machines."""
+
+
 class CommandLine(argparse.ArgumentParser):
     """An argument parser whose complaints are a `UserError` of one line, without the usage text in front."""
 
@@ -81,16 +85,21 @@ def run_command(main: Callable[[], int | None]) -> None:
     Both are printed without secrets: the message of somebody else's exception may quote an address or a header.
 
     Under torchrun all ranks of a machine usually meet the same error. The first one speaks; the others leave it the word, for
-    torchrun ends them as soon as it has exited, and speak only if they are still there: then the error was theirs alone.
+    torchrun ends them as soon as it has exited, and speak only if they are still there: then the error was theirs alone. Of a
+    `SharedError` all know, so that only rank 0 speaks, whatever machine the others are on.
 
     Args:
         main: the entry point; its return value is the exit code (None means 0).
     """
     try:
         code = main()
+    except SharedError as error:
+        _wait_for_first("RANK")
+        if os.environ.get("RANK", "0") == "0":
+            say(f"error: {error}")
+        code = 2
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(SECONDS_FOR_FIRST_RANK)
+        _wait_for_first("LOCAL_RANK")
         say(f"error: {error}")
         code = 2
     except KeyboardInterrupt:
@@ -99,3 +108,8 @@ def run_command(main: Callable[[], int | None]) -> None:
         print(redact(traceback.format_exc()), end="", file=sys.stderr)
         code = 1
     sys.exit(code or 0)
+
+
+def _wait_for_first(kind: str) -> None:
+    if os.environ.get(kind, "0") != "0":
+        time.sleep(SECONDS_FOR_FIRST_RANK)

@@ -283,7 +283,8 @@ def _stream(reader: "CheckpointReader", found: Report) -> Iterator[tuple[str, An
     """(key, tensor), with a bar on stderr where that is a terminal; those that cannot be read are reported and left out."""
     from tqdm import tqdm
 
-    for key in tqdm([*reader.tensors, *reader.optimizer_tensors], desc=reader.directory.name, unit="tensor", disable=None):
+    keys = [*reader.tensors, *reader.fp8_histories, *reader.optimizer_tensors]
+    for key in tqdm(keys, desc=reader.directory.name, unit="tensor", disable=None):
         try:
             tensor = reader.read(key)
         except UserError as error:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainingConfig
+from megatron_ext.config import OptimizerConfig, ParallelConfig, PrecisionConfig, TrainingConfig
 from megatron_ext.doctor.report import Report
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.launch import run_on_ranks
@@ -118,15 +118,17 @@ def check_equivalence(layout: str, precision: Precision, packed: bool, objective
     import torch
 
     from megatron_ext.doctor.small_model import VOCAB_SIZE, make_encoder
+    from megatron_ext.runtime.backend import ON_CPU, check_overlap, choose_backend
     from megatron_ext.runtime.capabilities import check_apex
 
     check_apex()
     parallel, data = parse_layout(layout)
-    world_size = parallel.tensor * parallel.pipeline * data
+    world_size = parallel.tensor * parallel.pipeline * parallel.context * data
     unit = data * parallel.pipeline
     trial = Trial(parallel, parallel, precision, packed, tuple(objectives), steps, -(-MICRO_BATCHES // unit) * unit)
     name = str(_layout(trial, world_size))
     on_gpus = torch.cuda.device_count() >= world_size
+    check_overlap(parallel, choose_backend("local" if precision == "fp32" else "auto") if on_gpus else ON_CPU)
     print(f"{name}: starting {world_size} + 1 processes on {'GPUs' if on_gpus else 'the CPU'}", file=sys.stderr)
     report = Report("equivalence")
     report.facts = {
@@ -220,9 +222,9 @@ def _layout(trial: Trial, world_size: int) -> Any:
         "the model's heads,": encoder.num_attention_heads,
         "its key/value heads,": encoder.num_query_groups,
         "its FFN width": encoder.ffn_hidden_size,
-        "the tokens of a micro-batch,": SAMPLES * sequence_length(trial.shape.tensor),
     }
-    return check_layout(trial.parallel, trial.training, encoder.num_layers, shards, world_size)
+    tokens = SAMPLES * sequence_length(trial.shape)
+    return check_layout(trial.parallel, trial.training, encoder.num_layers, shards, world_size, tokens=tokens)
 
 
 def measure(trial: Trial) -> dict[str, list[dict[str, Any]]] | None:
@@ -232,13 +234,17 @@ def measure(trial: Trial) -> dict[str, list[dict[str, Any]]] | None:
     """
     import torch
 
+    from megatron_ext.doctor.small_model import SAMPLES, make_encoder, sequence_length
     from megatron_ext.runtime.backend import choose_backend
     from megatron_ext.runtime.topology import process_groups
+    from megatron_ext.runtime.userbuffers import start_userbuffers
 
     layout = _layout(trial, torch.distributed.get_world_size())
     # Transformer Engine's attention kernels take no float32.
     backend = choose_backend("local" if trial.precision == "fp32" else "auto")
     with process_groups(layout, backend):
+        tokens, hidden_size = SAMPLES * sequence_length(trial.shape), make_encoder(trial.shape).hidden_size
+        start_userbuffers(layout, tokens, hidden_size, PrecisionConfig())
         results = {objective: _run(trial, objective, layout, backend) for objective in trial.objectives}
     return results if torch.distributed.get_rank() == 0 else None
 
@@ -253,7 +259,7 @@ def _run(trial: Trial, objective: str, layout: Any, backend: Any) -> list[dict[s
 
     dtype = torch.bfloat16 if trial.precision == "bf16" else torch.float32
     bare = build_model(make_encoder(trial.shape), VOCAB_SIZE, layout, backend, dtype, SEED)
-    wrapped = wrap_model(bare, layout.distributed_optimizer)
+    wrapped = wrap_model(bare, layout)
     optimizer = build_optimizer(OPTIMIZER, wrapped, dtype, layout.distributed_optimizer)
     return [_step(trial, objective, step, bare, wrapped, optimizer, backend.device) for step in range(trial.steps)]
 
@@ -263,7 +269,7 @@ def _step(trial: Trial, objective: str, step: int, bare: Any, wrapped: Any, opti
     from megatron_ext.doctor.whole_tensors import own_share, whole_gradients
     from megatron_ext.train.step import run_schedule
 
-    length = sequence_length(trial.shape.tensor)
+    length = sequence_length(trial.shape)
     first = step * trial.micro_batches
     batches = own_share([make_batch(first + k, objective, trial.packed, length) for k in range(trial.micro_batches)])
     for chunk in wrapped:

@@ -240,18 +240,19 @@ def _will_use() -> dict[str, Any]:
 
 def _attention(backend: "Backend") -> Iterator[dict[str, Any]]:
     """For each objective, packed or not: the kernel, the mask it is given, and how many runs of tokens a micro-batch has."""
+    from megatron_ext.config import ParallelConfig
     from megatron_ext.doctor.small_model import DOCUMENTS, SAMPLES, make_batch, sequence_length
     from megatron_ext.model.attention import AttentionLayout, mask_type
     from megatron_ext.objective import OBJECTIVES
 
     for name in OBJECTIVES:
         for packed in (True, False):
-            layout = AttentionLayout.of(make_batch(0, name, packed, sequence_length(1)))
+            layout = AttentionLayout.of(make_batch(0, name, packed, sequence_length(ParallelConfig())))
             yield {
                 "objective": name,
                 "packed": packed,
                 "kernel": _kernel(backend, layout.causal),
-                "mask_type": mask_type(layout, backend.layers).name,
+                "mask_type": mask_type(layout, backend.layers),
                 "runs": len(layout.segment_lengths),
                 "samples": SAMPLES,
                 "documents": SAMPLES * DOCUMENTS,

@@ -14,8 +14,8 @@ from megatron_ext.model.presets import EncoderConfig
 from megatron_ext.objective import MASK_STREAM, OBJECTIVES, Vocabulary, make_example, random_generator
 
 VOCAB_SIZE = 251
-SAMPLES = 2
-"""In a micro-batch."""
+SAMPLES = 3
+"""In a micro-batch; odd, so that context parallelism of two cuts through a sample."""
 DOCUMENTS = 4
 """In a sample."""
 SPECIAL_IDS = 5
@@ -24,9 +24,10 @@ MIXTURE = ("clm", "mlm", "mlm", "mntp")
 """Objectives of successive micro-batches under `mixed`."""
 
 
-def sequence_length(tensor: int) -> int:
-    """Tokens in a sample: 48, or the next number that tensor parallelism can split."""
-    return math.ceil(48 / tensor) * tensor
+def sequence_length(parallel: ParallelConfig) -> int:
+    """Tokens in a sample: 48, or the next number that tensor and context parallelism can split."""
+    parts = parallel.tensor * parallel.context
+    return math.ceil(48 / parts) * parts
 
 
 def make_encoder(parallel: ParallelConfig, **other: Any) -> EncoderConfig:
@@ -45,7 +46,7 @@ def make_encoder(parallel: ParallelConfig, **other: Any) -> EncoderConfig:
         num_query_groups=groups,
         head_dim=16,
         init_std=0.1,
-        max_position_embeddings=sequence_length(parallel.tensor),
+        max_position_embeddings=sequence_length(parallel),
         **other,
     )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_ext.checkpoint_files import inside, read_run_file
+from megatron_ext.checkpoint_files import FP8_HISTORY, inside, read_run_file
 from megatron_ext.errors import UserError, one_line
 from megatron_ext.model.presets import EncoderConfig
 from megatron_ext.unpickling import refuse_foreign_code
@@ -63,7 +63,9 @@ class CheckpointReader:
         self.directory = directory
         self.record = _read_record(directory)
         self._metadata = refuse_foreign_code(directory)
-        self.tensors = self._tensors(of_optimizer=False)
+        others = self._tensors(of_optimizer=False)
+        self.tensors = {key: info for key, info in others.items() if not key.endswith(FP8_HISTORY)}
+        self.fp8_histories = {key: info for key, info in others.items() if key.endswith(FP8_HISTORY)}
         self.optimizer_tensors = self._tensors(of_optimizer=True)
 
     def read(self, key: str) -> Tensor:
@@ -72,7 +74,7 @@ class CheckpointReader:
         Raises:
             UserError: the files that hold it are missing or damaged.
         """
-        info = (self.tensors | self.optimizer_tensors)[key]
+        info = (self.tensors | self.optimizer_tensors | self.fp8_histories)[key]
         chunks = self._metadata.state_dict_metadata[key].chunks
         if chunks[0].sizes == info.shape:
             return self._read_chunk(key, info, chunks[0])
@@ -100,7 +102,7 @@ class CheckpointReader:
         return part
 
     def _tensors(self, of_optimizer: bool) -> dict[str, TensorInfo]:
-        """The optimizer's tensors, or all others: the model's. Without objects such as megatron's extra states."""
+        """The optimizer's tensors, or all others. Without objects such as megatron's extra states."""
         return {
             key: TensorInfo(tuple(entry.size), entry.properties.dtype)
             for key, entry in self._metadata.state_dict_metadata.items()

@@ -13,6 +13,7 @@ from megatron_ext.model.attention import AttentionLayout
 from megatron_ext.model.head import LanguageModelHead
 from megatron_ext.model.layers import LayerKind, block_spec
 from megatron_ext.model.presets import EncoderConfig
+from megatron_ext.model.presets import padded_vocab_size as padded_vocab_size
 from megatron_ext.model.rotary import rotary_frequencies
 
 
@@ -124,10 +125,5 @@ class EncoderModel(LanguageModule):
 
     def _rotary(self, batch: MicroBatch) -> Tensor:
         """[t, 1, 1, d] angles, looked up by position."""
-        return self.rotary_pos_emb(batch.max_position).to(batch.position_ids.device)[batch.position_ids]
-
-
-def padded_vocab_size(vocab_size: int, tensor_parallel: int, multiple: int = 128) -> int:
-    """Vocabulary rounded up so that each tensor-parallel rank holds a multiple of 128 rows (of 16 for FP8 and tensor cores)."""
-    step = multiple * tensor_parallel
-    return (vocab_size + step - 1) // step * step
+        # `packed_seq`: megatron must not cut the table for context parallelism; the positions are those of this part already.
+        return self.rotary_pos_emb(batch.max_position, packed_seq=True).to(batch.position_ids.device)[batch.position_ids]

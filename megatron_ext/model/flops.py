@@ -3,6 +3,7 @@
 Counted is the work that is done: attention over the length each token really sees, and the head only where there are logits.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,15 +49,17 @@ def count_parameters(config: EncoderConfig, vocab_size: int) -> ParameterCount:
     )
 
 
-def attended_length(segment_lengths: np.ndarray, causal: bool) -> float:
+def attended_length(segment_lengths: Sequence[int], causal: bool, key_lengths: Sequence[int] | None = None) -> float:
     """Sum over tokens of the length each attends to: sum(l^2), or half of it if causal.
 
     Args:
         segment_lengths: [k] lengths of the runs of tokens that see each other.
         causal: whether tokens see only what came before.
+        key_lengths: [k] what each run looks at, where it is the end of a longer one; None: itself.
     """
-    squares = float(np.square(np.asarray(segment_lengths, dtype=np.float64)).sum())
-    return squares / 2 if causal else squares
+    queries = np.asarray(segment_lengths, dtype=np.float64)
+    keys = queries if key_lengths is None else np.asarray(key_lengths, dtype=np.float64)
+    return float((queries * (keys - queries / 2 if causal else keys)).sum())
 
 
 def training_flops(config: EncoderConfig, vocab_size: int, *, tokens: float, attended: float, predicted: float) -> float:

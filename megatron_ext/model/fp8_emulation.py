@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
+from megatron_ext.checkpoint_files import FP8_HISTORY
 from megatron_ext.model.fp8_rounding import (
     Rounded,
     ScaleRule,
@@ -36,9 +37,6 @@ from megatron_ext.runtime.precision import FP8_RECIPES
 INPUT, WEIGHT, GRADIENT = range(3)
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FORMATS = {"hybrid": (E4M3, E4M3, E5M2), "e4m3": (E4M3, E4M3, E4M3)}
-
-HISTORY = "emulated_amax_history"
-"""Name of the buffer with the largest values of past steps: [steps, 3], newest first."""
 
 
 class Blocks(NamedTuple):
@@ -72,8 +70,9 @@ class _EmulatedProducts(torch.nn.Module):
         self.fp8_recipe = recipe.megatron
         self.fp8_formats = FORMATS[recipe.format]
         if self.is_delayed:
-            # In the type of the rounded matrices, whose largest values it holds exactly whatever the model is cast to.
-            self.register_buffer(HISTORY, torch.zeros(precision.amax_history_length, 3, dtype=dtype))
+            # The largest values of past steps, newest first; in the type of the rounded matrices, which holds them exactly,
+            # whatever the model is cast to.
+            self.register_buffer(FP8_HISTORY, torch.zeros(precision.amax_history_length, 3, dtype=dtype))
             self.register_buffer("amax", torch.zeros(3, dtype=dtype), persistent=False)
 
     @property
@@ -102,12 +101,12 @@ class _EmulatedProducts(torch.nn.Module):
 
     def scale(self, operand: int) -> Tensor:
         """The delayed scale: from the largest value of past steps, 1 before there are any."""
-        past = getattr(self, HISTORY)[:, operand].amax().float()
+        past = getattr(self, FP8_HISTORY)[:, operand].amax().float()
         return tensor_scale(past, largest_number(self.fp8_formats[operand]))
 
     def note_step(self, amax: Tensor) -> None:
         """Put a step's largest values [3] at the head of the history."""
-        history = getattr(self, HISTORY)
+        history = getattr(self, FP8_HISTORY)
         history.copy_(torch.cat([amax[None].to(history.dtype), history[:-1]]))
 
     def _forward_impl(

@@ -5,6 +5,7 @@ vocabulary matmul runs on these rows. The rows are processed in chunks; each chu
 at once and dropped, so peak memory does not grow with tokens x vocabulary. Same loss, same gradients as the dense head.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -14,23 +15,26 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
 )
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
-LOGITS_PER_CHUNK = 2**25
-"""Float32 logits alive at a time on one rank: 128 MiB."""
+from megatron_ext.model.presets import LOGITS_PER_CHUNK
 
 
 class LanguageModelHead(ColumnParallelLinear):
     """Vocabulary-parallel output layer. Rows that pad the vocabulary get no logit, so the loss does not depend on padding."""
 
-    def __init__(self, *args: Any, vocab_size: int, **kwargs: Any):
+    def __init__(self, *args: Any, vocab_size: int, config: TransformerConfig, **kwargs: Any):
         """Args as of `ColumnParallelLinear`, which gets the padded size.
 
         Args:
             vocab_size: ids that belong to tokens; rows from here on are padding.
+            config: megatron's configuration.
         """
-        super().__init__(*args, **kwargs)
+        config = copy.copy(config)
+        config.gradient_accumulation_fusion = False  # the chunks below sum up by themselves; megatron would ask for Apex here
+        super().__init__(*args, config=config, **kwargs)
         self.first_id = self.tp_group.rank() * self.output_size_per_partition
         self.valid_rows = max(0, min(vocab_size - self.first_id, self.output_size_per_partition))
 

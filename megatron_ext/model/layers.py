@@ -24,10 +24,11 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
-from megatron_ext.config import PrecisionConfig
+from megatron_ext.config import PrecisionConfig, Recompute
 from megatron_ext.model.attention import DocumentAttention
 from megatron_ext.model.fp8_emulation import EmulatedColumnParallelLinear, EmulatedRowParallelLinear
 from megatron_ext.model.presets import EncoderConfig
+from megatron_ext.runtime.capabilities import can_fuse_weight_gradients
 from megatron_ext.runtime.precision import FP8_RECIPES, has_kernels, stays_in_bf16, transformer_settings
 from megatron_ext.runtime.topology import Layout
 
@@ -58,6 +59,14 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
 
+RECOMPUTE: dict[Recompute, dict[str, Any]] = {
+    "none": {},
+    "attention": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+"""`training.recompute` in megatron's words."""
+
+
 @dataclass
 class EncoderTransformerConfig(TransformerConfig):
     """megatron's configuration, and the precision section, which decides the modules of each layer."""
@@ -66,7 +75,12 @@ class EncoderTransformerConfig(TransformerConfig):
 
 
 def transformer_config(
-    encoder: EncoderConfig, layout: Layout, layers: LayerKind, dtype: torch.dtype, precision: PrecisionConfig | None = None
+    encoder: EncoderConfig,
+    layout: Layout,
+    layers: LayerKind,
+    dtype: torch.dtype,
+    precision: PrecisionConfig | None = None,
+    recompute: Recompute = "none",
 ) -> EncoderTransformerConfig:
     """megatron's configuration for this shape and layout.
 
@@ -76,6 +90,7 @@ def transformer_config(
         layers: which modules run.
         dtype: of weights and activations.
         precision: the FP8 recipe; None for none.
+        recompute: what the backward pass computes again.
     """
     precision = precision or PrecisionConfig()
     with_te = layers == "transformer_engine"
@@ -109,6 +124,8 @@ def transformer_config(
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if interleaved else None,
         sequence_parallel=layout.sequence_parallel,
+        # `context_parallel_size` stays 1: it would make TE split the row in its own way. megatron's schedules ask the groups.
+        tp_comm_overlap=layout.overlap_tensor_communication,
         calculate_per_token_loss=True,
         # Freeing what was sent is only safe once it has left: gloo's separate calls still read it afterwards.
         deallocate_pipeline_outputs=not interleaved,
@@ -117,11 +134,12 @@ def transformer_config(
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         # These fusions are CUDA kernels, or are compiled.
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=can_fuse_weight_gradients(layers),
         bias_dropout_fusion=with_te,
         bias_activation_fusion=with_te,
         masked_softmax_fusion=False,
         apply_rope_fusion=with_te,
+        **RECOMPUTE[recompute],
     )
 
 
@@ -164,15 +182,15 @@ def _te_layer(config: EncoderTransformerConfig, in_bf16: bool) -> ModuleSpec:
     from megatron_ext.model.te_attention import TEDocumentAttention
     from megatron_ext.model.te_bf16_layer import BFloat16Layer
 
-    qk_norm, precision = config.qk_layernorm, config.precision
+    precision = config.precision
     # The other recipes are switched layer by layer, which megatron does itself.
     is_delayed = has_kernels(precision) and FP8_RECIPES[precision.recipe].megatron == "delayed"
     attention = SelfAttentionSubmodules(
         linear_qkv=TELayerNormColumnParallelLinear,
-        core_attention=TEDocumentAttention,
+        core_attention=TEDocumentAttention if config.bf16 else DocumentAttention,  # TE's attention kernels take no float32
         linear_proj=TERowParallelLinear,
-        q_layernorm=_te_norm() if qk_norm else IdentityOp,
-        k_layernorm=_te_norm() if qk_norm else IdentityOp,
+        q_layernorm=_te_norm() if config.qk_layernorm else IdentityOp,
+        k_layernorm=_te_norm() if config.qk_layernorm else IdentityOp,
     )
     return ModuleSpec(
         module=BFloat16Layer if is_delayed and in_bf16 else TransformerLayer,

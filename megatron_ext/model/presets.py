@@ -117,6 +117,9 @@ STORED = (
 )
 """Fields that the weights in a checkpoint decide."""
 
+LOGITS_PER_CHUNK = 2**25
+"""Float32 logits that the head has alive at a time on one rank: 128 MiB."""
+
 DEFAULT_PRESET = "tiny"
 PRESETS: dict[str, Callable[[], EncoderConfig]] = {
     "nano": nano,
@@ -157,3 +160,9 @@ def _change_checkpoint(checkpoint: str, given: dict[str, Any]) -> EncoderConfig:
         if given.get(name, getattr(encoder, name)) != getattr(encoder, name):
             raise UserError(f"model.{name} is {given[name]}, but the weights in model.checkpoint have {getattr(encoder, name)}")
     return dataclasses.replace(encoder, **given)
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel: int, multiple: int = 128) -> int:
+    """Vocabulary rounded up so that each tensor-parallel rank holds a multiple of 128 rows (of 16 for FP8 and tensor cores)."""
+    step = multiple * tensor_parallel
+    return (vocab_size + step - 1) // step * step

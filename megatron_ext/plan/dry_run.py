@@ -16,20 +16,21 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 
 from megatron_ext.checkpoint_files import read_run_file
-from megatron_ext.config import RunConfig
+from megatron_ext.config import PrecisionConfig, RunConfig
 from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.errors import UserError
 from megatron_ext.model.encoder import padded_vocab_size
 from megatron_ext.objective import OBJECTIVES, PhasePlan
 from megatron_ext.plan.communication import step_traffic
-from megatron_ext.plan.memory import RankMemory, rank_memory
-from megatron_ext.runtime.backend import Backend, pretended_backend
+from megatron_ext.plan.hardware import GPUS, Gpu
+from megatron_ext.plan.memory import RankMemory, fp8_copies, rank_memory
+from megatron_ext.runtime.backend import Backend, expected_backend, pretended_backend
 from megatron_ext.runtime.cpu import patch_megatron, without_numbers
 from megatron_ext.runtime.topology import pretended_groups
 from megatron_ext.train.build import build_model, wrap_model
 from megatron_ext.train.checkpoint import sharded_state
 from megatron_ext.train.optimizer import build_optimizer
-from megatron_ext.train.preflight import Structure, check_structure, resolve_vocabulary, weights_dtype
+from megatron_ext.train.preflight import Structure, backend_request, check_structure, resolve_vocabulary, weights_dtype
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,13 @@ class DryRun:
     """What only the run itself can check."""
 
 
-def dry_run(config: RunConfig, world_size: int, ranks: Sequence[int] | None = None, vocab_size: int | None = None) -> DryRun:
+def dry_run(
+    config: RunConfig,
+    world_size: int,
+    ranks: Sequence[int] | None = None,
+    vocab_size: int | None = None,
+    gpu: Gpu = GPUS["h100"],
+) -> DryRun:
     """Build some ranks of a run.
 
     Args:
@@ -99,17 +106,23 @@ def dry_run(config: RunConfig, world_size: int, ranks: Sequence[int] | None = No
         world_size: number of ranks that it would have.
         ranks: which to build; None: one of each kind, which is the first of each pipeline stage.
         vocab_size: ids that belong to tokens; None: those of the tokenizer, or of the checkpoint that the run begins with.
+        gpu: what the run will have, with Transformer Engine.
 
     Raises:
         UserError: what the trainer would refuse, or a rank or a vocabulary that there is not.
     """
-    structure = check_structure(config, world_size)
+    expected = expected_backend(backend_request(config), gpu.capability)
+    structure = check_structure(config, world_size, expected)
     layout = structure.layout
     for rank in ranks or ():
         if not 0 <= rank < world_size:
             raise UserError(f"--rank is {rank}: it must lie between 0 and {world_size - 1}")
     vocab_size, origin, unchecked = _vocabulary(config, vocab_size)
-    backend = pretended_backend(config.training.backend)
+    backend = pretended_backend(expected)
+    if backend.layers != expected.layers:
+        unchecked = [*unchecked, "Transformer Engine's modules (not installed here: torch's layers stand for them)"]
+    if config.precision.fp8_parameters:
+        unchecked = [*unchecked, "FP8 weights (only a GPU makes them: built in bfloat16, their bytes by formula)"]
     patch_megatron()
     chosen = ranks if ranks is not None else [stage * (world_size // layout.pipeline) for stage in range(layout.pipeline)]
     return DryRun(
@@ -160,17 +173,23 @@ def _build_rank(config: RunConfig, structure: Structure, backend: Backend, vocab
     stage = rank // (layout.world_size // layout.pipeline)
     numbers = (structure.encoder, vocab_size, layout, config.training, config.precision, config.data.sequence_length, stage)
     share = largest_predicted_share(structure.plan)
-    with pretended_groups(layout, backend, rank), without_numbers():
-        bare = build_model(structure.encoder, vocab_size, layout, backend, dtype, config.training.seed)
-        chunks = wrap_model(bare, layout.distributed_optimizer)
-        optimizer = build_optimizer(config.optimizer, chunks, dtype, layout.distributed_optimizer)
-        state = sharded_state(bare, optimizer, is_loading=True)  # this also makes the moments
-        memory = dataclasses.replace(
-            rank_memory(*numbers, share),
-            weights=weight_bytes(chunks),
-            gradients=sum(_bytes(buffer.grad_data) for chunk in chunks for buffer in chunk.buffers),
-            optimizer=optimizer_bytes(optimizer),
+    precision = _buildable(config.precision)
+    with pretended_groups(layout, backend, rank), without_numbers(backend.capability):
+        bare = build_model(
+            structure.encoder, vocab_size, layout, backend, dtype, config.training.seed, precision, config.training.recompute
         )
+        chunks = wrap_model(bare, layout)
+        optimizer = build_optimizer(config.optimizer, chunks, dtype, layout.distributed_optimizer, precision)
+        state = sharded_state(bare, optimizer, is_loading=True)  # this also makes the moments
+        memory = rank_memory(*numbers, share)
+        if precision == config.precision:
+            copies = fp8_copies(structure.encoder, vocab_size, layout, config.precision, stage)
+            memory = dataclasses.replace(
+                memory,
+                weights=weight_bytes(chunks) + copies,
+                gradients=sum(_bytes(buffer.grad_data) for chunk in chunks for buffer in chunk.buffers),
+                optimizer=optimizer_bytes(optimizer),
+            )
         return RankReport(
             rank=rank,
             stage=stage,
@@ -182,6 +201,11 @@ def _build_rank(config: RunConfig, structure: Structure, backend: Backend, vocab
             checkpoint=_checkpoint_plan(state),
             seconds=time.perf_counter() - started,
         )
+
+
+def _buildable(precision: PrecisionConfig) -> PrecisionConfig:
+    """The recipe without FP8 weights, which Transformer Engine can make only where there is a GPU."""
+    return dataclasses.replace(precision, fp8_parameters=False)
 
 
 def weight_bytes(chunks: Sequence[torch.nn.Module]) -> int:

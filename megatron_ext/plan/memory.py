@@ -3,9 +3,7 @@
 from dataclasses import dataclass, fields
 
 from megatron_ext.config import PrecisionConfig, TrainingConfig
-from megatron_ext.model.encoder import padded_vocab_size
-from megatron_ext.model.head import LOGITS_PER_CHUNK
-from megatron_ext.model.presets import EncoderConfig
+from megatron_ext.model.presets import LOGITS_PER_CHUNK, EncoderConfig, padded_vocab_size
 from megatron_ext.plan.shards import buffer_ranges, is_fp8, is_fp8_layer, stage_chunks
 from megatron_ext.runtime.topology import Layout
 
@@ -110,9 +108,14 @@ def state_bytes(
             gradients += length * FLOAT32
             mine = length // max(1, ranks)
             optimizer += per_number * sum(max(0, min(end, mine) - start) for start, end in ranges)
-        # FP8 products want the weight and its transpose; FP8 weights are the first of these themselves.
-        weights += sum(shard.size for shard in in_fp8) * (1 if precision.fp8_parameters else 2)
-    return weights, gradients, optimizer
+    return weights + fp8_copies(encoder, vocab_size, layout, precision, stage), gradients, optimizer
+
+
+def fp8_copies(encoder: EncoderConfig, vocab_size: int, layout: Layout, precision: PrecisionConfig, stage: int) -> int:
+    """Bytes that kernels keep besides the weights: each in FP8 and its transpose, of which FP8 weights are the first themselves."""
+    chunks = stage_chunks(encoder, vocab_size, layout, stage)
+    numbers = sum(shard.size for chunk in chunks for shard in chunk if is_fp8(shard, encoder, precision))
+    return numbers * (1 if precision.fp8_parameters else 2)
 
 
 def chunks_in_flight(layout: Layout, micro_batches: int, stage: int) -> int:

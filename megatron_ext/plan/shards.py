@@ -4,8 +4,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_ext.config import PrecisionConfig
-from megatron_ext.model.encoder import padded_vocab_size
-from megatron_ext.model.presets import EncoderConfig
+from megatron_ext.model.presets import EncoderConfig, padded_vocab_size
 from megatron_ext.runtime.topology import Layout
 
 

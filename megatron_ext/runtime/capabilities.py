@@ -102,6 +102,15 @@ def has_transformer_engine() -> bool:
     return transformer_engine_problem() is None
 
 
+def can_fuse_weight_gradients(layers: Literal["local", "transformer_engine"]) -> bool:
+    """Whether the product that gives a weight's gradient adds it to the float32 sum itself: TE's kernel, or Apex's on a GPU."""
+    if layers == "transformer_engine":
+        return True
+    import torch
+
+    return torch.cuda.is_available() and is_there("fused_weight_gradient_mlp_cuda")
+
+
 def installed_version(distribution: str) -> str | None:
     """Version of an installed distribution; None if it is not installed."""
     try:

@@ -139,20 +139,20 @@ def _translate(code: types.CodeType) -> types.CodeType:
 
 
 @contextlib.contextmanager
-def without_numbers() -> Iterator[None]:
-    """Context in which every new tensor has a shape and a dtype but no memory, and a Hopper GPU seems to be there.
+def without_numbers(capability: tuple[int, int]) -> Iterator[None]:
+    """Context in which new tensors have a shape and a dtype but no memory, and a GPU of this compute capability seems to be there.
 
     megatron asks for its device by name, so the device is changed in torch's factory functions, for code in this context only.
     Transformer Engine asks no more of the GPU than whether there is one, and its compute capability. Objects that ranks tell
     each other are taken to be this rank's own: they are the optimizer's parameter groups, which all ranks have alike.
     """
-    properties = types.SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    properties = types.SimpleNamespace(major=capability[0], minor=capability[1], multi_processor_count=132)
     with contextlib.ExitStack() as stack:
         prefix = "torch.cuda." if torch.cuda.is_available() else "torch."
         for owner, name, function in (
             (torch.cuda, "is_available", lambda: True),
             (torch.cuda, "current_device", lambda: 0),
-            (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+            (torch.cuda, "get_device_capability", lambda device=None: capability),
             (torch.cuda, "get_device_properties", lambda device=None: properties),
             (torch.distributed, "all_gather_object", _hear_oneself),
         ):
@@ -176,8 +176,10 @@ class _OnMeta(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if function in _device_constructors() or "device" in kwargs:  # such as `empty_like(meta tensor, device="cuda")`
+        if function in _device_constructors() or kwargs.get("device") is not None:
             kwargs["device"] = "meta"
+        if function in (torch.Tensor.cpu, torch.Tensor.cuda) and args[0].is_meta:
+            return args[0]
         if function is torch.Tensor.type and len(args) == 1 and args[0].is_meta:
             return function(*args).replace("torch.meta.", self._prefix)
         return function(*args, **kwargs)

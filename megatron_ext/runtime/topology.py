@@ -11,7 +11,7 @@ import torch
 from megatron_ext.config import ParallelConfig, TrainingConfig
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.attempt import join
-from megatron_ext.runtime.backend import Backend
+from megatron_ext.runtime.backend import Backend, own_device
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,15 @@ class Layout:
     data: int
     sequence_parallel: bool
     distributed_optimizer: bool
+    overlap_gradient_reduce: bool = False
+    overlap_parameter_gather: bool = False
+    overlap_tensor_communication: bool = False
 
     def __str__(self) -> str:
         interleaved = f" x{self.virtual_pipeline} chunks" if self.virtual_pipeline > 1 else ""
         sequence = "+SP" if self.sequence_parallel else ""
-        return f"TP{self.tensor}{sequence} x PP{self.pipeline}{interleaved} x DP{self.data}"
+        context = f" x CP{self.context}" if self.context > 1 else ""
+        return f"TP{self.tensor}{sequence} x PP{self.pipeline}{interleaved}{context} x DP{self.data}"
 
     def micro_batches(self, training: TrainingConfig) -> int:
         """Micro-batches that one data-parallel rank runs in one optimizer step."""
@@ -38,7 +42,13 @@ class Layout:
 
 
 def check_layout(
-    parallel: ParallelConfig, training: TrainingConfig, num_layers: int, shards: dict[str, int], world_size: int
+    parallel: ParallelConfig,
+    training: TrainingConfig,
+    num_layers: int,
+    shards: dict[str, int],
+    world_size: int,
+    *,
+    tokens: int | None = None,
 ) -> Layout:
     """Check that the sizes fit together. The only place where they are multiplied.
 
@@ -46,22 +56,26 @@ def check_layout(
         parallel: the configured sizes.
         training: batch sizes.
         num_layers: transformer layers of the model.
-        shards: sizes that tensor parallelism splits, by name: heads, key/value heads, FFN width, tokens of a micro-batch.
+        shards: sizes that tensor parallelism splits, by name: heads, key/value heads, FFN width.
         world_size: number of ranks.
+        tokens: of a micro-batch, which context and sequence parallelism split; None where none is ever run.
 
     Raises:
         UserError: naming the factor that does not fit.
     """
-    model_ranks = parallel.tensor * parallel.pipeline
+    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % model_ranks:
+        context = f" x parallel.context {parallel.context}" if parallel.context > 1 else ""
         raise UserError(
-            f"{world_size} ranks cannot hold parallel.tensor {parallel.tensor} x parallel.pipeline {parallel.pipeline} = "
+            f"{world_size} ranks cannot hold parallel.tensor {parallel.tensor} x parallel.pipeline {parallel.pipeline}{context} = "
             f"{model_ranks}: start a multiple of {model_ranks} ranks"
         )
     data = world_size // model_ranks
     for name, size in shards.items():
         if size % parallel.tensor:
             raise UserError(f"parallel.tensor is {parallel.tensor}: it does not divide {name} {size}")
+    if tokens is not None:
+        _check_tokens(parallel, tokens)
     stages = parallel.pipeline * parallel.virtual_pipeline
     if num_layers % stages:
         raise UserError(
@@ -89,7 +103,21 @@ def check_layout(
         data=data,
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
         distributed_optimizer=parallel.distributed_optimizer,
+        overlap_gradient_reduce=parallel.overlap_gradient_reduce,
+        overlap_parameter_gather=parallel.overlap_parameter_gather,
+        overlap_tensor_communication=parallel.overlap_tensor_communication,
     )
+
+
+def _check_tokens(parallel: ParallelConfig, tokens: int) -> None:
+    if tokens % parallel.tensor:
+        raise UserError(f"parallel.tensor is {parallel.tensor}: it does not divide the tokens of a micro-batch, {tokens}")
+    if tokens % (parallel.context * parallel.tensor):
+        tensor = f" x parallel.tensor {parallel.tensor}" if parallel.tensor > 1 else ""
+        raise UserError(
+            f"parallel.context is {parallel.context}: parallel.context{tensor} does not divide the tokens of a micro-batch, "
+            f"{tokens} (training.micro_batch_size x data.sequence_length)"
+        )
 
 
 def world_size_from_environment() -> int:
@@ -111,6 +139,24 @@ def pretended_groups(layout: Layout, backend: Backend, rank: int) -> Iterator[No
     try:
         with process_groups(layout, backend):
             yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def default_group(timeout: timedelta = timedelta(minutes=10)) -> Iterator[None]:
+    """Context with the default process group, and with this rank's device bound; megatron's groups are not made.
+
+    One that is there already is left alone. Otherwise it is made from torchrun's environment, or of this one rank on a free local
+    port, and destroyed at the end.
+    """
+    if torch.distributed.is_initialized():
+        yield
+        return
+    device = own_device()
+    _make_default_group("nccl" if device.type == "cuda" else "gloo", device, timeout)
+    try:
+        yield
     finally:
         torch.distributed.destroy_process_group()
 
@@ -138,18 +184,25 @@ def initialize(layout: Layout, backend: Backend, timeout: timedelta = timedelta(
     """Create the default process group, if there is none, and megatron's groups for this layout; bind the device."""
     from megatron.core import parallel_state
 
-    if backend.device.type == "cuda":
-        torch.cuda.set_device(backend.device)
     if not torch.distributed.is_initialized():
-        if "RANK" in os.environ:
-            store, rank, ranks = join(timeout)
-        else:
-            store, rank, ranks = torch.distributed.TCPStore("localhost", 0, 1, is_master=True), 0, 1
-        torch.distributed.init_process_group(backend.communication, store=store, rank=rank, world_size=ranks, timeout=timeout)
+        _make_default_group(backend.communication, backend.device, timeout)
+    elif backend.device.type == "cuda":
+        torch.cuda.set_device(backend.device)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         distributed_timeout_minutes=timeout / timedelta(minutes=1),  # a fraction is as good: it goes into a timedelta
         create_gloo_process_groups=backend.communication != "fake",
     )
+
+
+def _make_default_group(communication: str, device: torch.device, timeout: timedelta) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        store, rank, ranks = join(timeout)
+    else:
+        store, rank, ranks = torch.distributed.TCPStore("localhost", 0, 1, is_master=True), 0, 1
+    torch.distributed.init_process_group(communication, store=store, rank=rank, world_size=ranks, timeout=timeout)

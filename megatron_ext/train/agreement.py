@@ -1,8 +1,11 @@
 """What all ranks must know together before a step counts: one exchange of a few flags a step."""
 
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 class Agreement:
@@ -27,6 +30,10 @@ class Agreement:
 
     def messages(self, message: str | None) -> list[str]:
         """The messages of all ranks that have one, in the order of the ranks; all ranks call it together."""
-        found: list[str | None] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(found, message, group=self._group)
-        return [text for text in found if text]
+        return [text for text in self.gather(message) if text]
+
+    def gather(self, own: T) -> list[T]:
+        """What each rank gives, by rank; all ranks call it together. It is pickled on the way."""
+        found: list[T] = [own] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, own, group=self._group)
+        return found

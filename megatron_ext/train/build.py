@@ -1,12 +1,15 @@
 """Builds this rank's model chunks and wraps them for data parallelism."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 
-from megatron_ext.config import PrecisionConfig
+from megatron_ext.config import PrecisionConfig, Recompute
 from megatron_ext.model.encoder import EncoderModel, padded_vocab_size
 from megatron_ext.model.initialization import initialize_parameters
 from megatron_ext.model.layers import transformer_config
@@ -24,6 +27,7 @@ def build_model(
     dtype: torch.dtype,
     seed: int,
     precision: PrecisionConfig | None = None,
+    recompute: Recompute = "none",
 ) -> list[EncoderModel]:
     """This rank's model chunks on its device, with their initial weights; one chunk unless the pipeline is interleaved.
 
@@ -35,9 +39,10 @@ def build_model(
         dtype: of the weights.
         seed: of the weights.
         precision: the FP8 recipe; None for none.
+        recompute: what the backward pass computes again.
     """
     model_parallel_cuda_manual_seed(seed)
-    config = transformer_config(encoder, layout, backend.layers, dtype, precision)
+    config = transformer_config(encoder, layout, backend.layers, dtype, precision, recompute)
     config.finalize_model_grads_func = finalize_model_grads
     chunks = []
     for number in range(layout.virtual_pipeline):
@@ -57,15 +62,34 @@ def build_model(
     return chunks
 
 
-def wrap_model(chunks: list[EncoderModel], distributed_optimizer: bool) -> list[torch.nn.Module]:
+def wrap_model(chunks: list[EncoderModel], layout: Layout) -> list[torch.nn.Module]:
     """Wrap chunks for bf16 and data parallelism; gradients are accumulated and reduced in float32."""
     wrapped = []
     for number, chunk in enumerate(chunks):
         module = Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            use_distributed_optimizer=distributed_optimizer,
+            use_distributed_optimizer=layout.distributed_optimizer,
+            overlap_grad_reduce=layout.overlap_gradient_reduce,
+            overlap_param_gather=layout.overlap_parameter_gather,
             **data_parallel_settings(chunk.config.precision),
         )
         wrapped.append(DistributedDataParallel(chunk.config, ddp, module, disable_bucketing=number > 0))
+    if layout.overlap_gradient_reduce:
+        # Only the last micro-batch's gradients are on their way while the backward pass goes on.
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        chunks[0].config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped
+
+
+@contextmanager
+def whole_weights(wrapped: list[torch.nn.Module]) -> Iterator[None]:
+    """Context in which all updated weights are there. With `overlap_parameter_gather` a module's come when it is next used."""
+    waiting = [chunk for chunk in wrapped if chunk.ddp_config.overlap_param_gather]
+    for chunk in waiting:
+        chunk.disable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        for chunk in waiting:
+            chunk.enable_forward_pre_hook()

@@ -14,8 +14,9 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_ext.checkpoint_files import FP8_HISTORY
 from megatron_ext.errors import UserError, one_line
-from megatron_ext.model.fp8_emulation import HISTORY
+from megatron_ext.train.engine_state import put_back, take_out
 from megatron_ext.train.optimizer_state import adapt_loaded_state, redirect_master_weights
 from megatron_ext.unpickling import only_plain_data, refuse_foreign_code
 
@@ -37,7 +38,7 @@ def sharded_state(chunks: Sequence[torch.nn.Module], optimizer: Any | None, is_l
     state: dict[str, Any] = {}
     for number, chunk in enumerate(chunks):
         name = "model" if len(chunks) == 1 else f"model{number}"
-        state[name] = chunk.sharded_state_dict(metadata=metadata)
+        state[name] = take_out(chunk, chunk.sharded_state_dict(metadata=metadata))
         model.update({f"{name}.{key}" if len(chunks) > 1 else key: value for key, value in state[name].items()})
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(
@@ -67,7 +68,7 @@ def _leave_out_absent_fp8_states(wanted: dict[str, Any], stored: dict[str, Any])
 def _is_absent(key: str, value: Any, stored: dict[str, Any]) -> bool:
     if key.endswith("_extra_state") and isinstance(value, ShardedObject):
         return value.unique_key not in stored
-    if key.endswith(HISTORY):  # one of another length says something else
+    if key.endswith(FP8_HISTORY):  # one of another length says something else
         return value.key not in stored or tuple(stored[value.key].size) != tuple(value.global_shape)
     return False
 
@@ -103,6 +104,6 @@ def load_checkpoint(checkpoint: Path, chunks: Sequence[torch.nn.Module], optimiz
         raise UserError(f"checkpoint {checkpoint} cannot be read ({one_line(cause)})") from error
     for number, chunk in enumerate(chunks):
         name = "model" if len(chunks) == 1 else f"model{number}"
-        chunk.load_state_dict(state[name] | absent[name])
+        chunk.load_state_dict(put_back(chunk, state[name]) | absent[name])
     if optimizer is not None:
         optimizer.load_state_dict({**adapt_loaded_state(state["optimizer"], optimizer), "param_state_sharding_type": sharding})

@@ -11,13 +11,11 @@ from megatron_ext.config import ParallelConfig, TrainingConfig
 from megatron_ext.data.batch import MicroBatch, collate
 from megatron_ext.model.presets import EncoderConfig
 from megatron_ext.objective import OBJECTIVES, Example
-from megatron_ext.runtime.backend import Backend
+from megatron_ext.runtime.backend import ON_CPU
 from megatron_ext.runtime.cpu import patch_megatron
 from megatron_ext.runtime.topology import check_layout, process_groups
 from megatron_ext.train.build import build_model
 from megatron_ext.train.checkpoint import load_checkpoint
-
-ON_CPU = Backend(device=torch.device("cpu"), layers="local", communication="gloo")
 
 
 def checkpoint_logits(checkpoint: Path, token_rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:

@@ -41,6 +41,7 @@ def build_optimizer(
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=distributed,
+        overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
         **optimizer_settings(precision or PrecisionConfig()),
     )
     has_gloo_groups = torch.distributed.get_backend() != "fake"

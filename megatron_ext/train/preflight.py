@@ -1,8 +1,8 @@
-"""Everything that can be wrong with a run is found here, before any process group or model exists."""
+"""Everything that can be wrong with a run is found here, before any of megatron's process groups or a model exists."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,9 +16,8 @@ from megatron_ext.errors import UserError, warn
 from megatron_ext.model.encoder import padded_vocab_size
 from megatron_ext.model.presets import EncoderConfig, build_encoder_config
 from megatron_ext.objective import OBJECTIVES, PhasePlan, Vocabulary
-from megatron_ext.runtime.backend import Backend, choose_backend
-from megatron_ext.runtime.capabilities import has_transformer_engine
-from megatron_ext.runtime.precision import check_precision, has_kernels, small_width_warning
+from megatron_ext.runtime.backend import Backend, check_overlap, choose_backend
+from megatron_ext.runtime.precision import check_precision, small_width_warning
 from megatron_ext.runtime.topology import Layout, check_layout, rank_from_environment
 from megatron_ext.train.start import Start, find_start
 
@@ -63,6 +62,11 @@ class RunSetup:
         return padded_vocab_size(self.vocab_size, self.layout.tensor)
 
     @property
+    def tokens_per_batch(self) -> int:
+        """Tokens in a micro-batch, over all context-parallel ranks."""
+        return self.config.training.micro_batch_size * self.config.data.sequence_length
+
+    @property
     def dtype(self) -> torch.dtype:
         """Numbers of weights and activations."""
         return weights_dtype(self.config)
@@ -73,8 +77,18 @@ def weights_dtype(config: RunConfig) -> torch.dtype:
     return torch.float32 if config.precision.recipe == "fp32" else torch.bfloat16
 
 
-def check_structure(config: RunConfig, world_size: int) -> Structure:
-    """Check all that needs neither data nor tokenizer nor the machine of the run: a dry run refuses what this refuses.
+def backend_request(config: RunConfig) -> Literal["auto", "local", "transformer_engine"]:
+    """The layers that the configuration asks for; emulated FP8 is part of the local ones."""
+    return "local" if config.precision.emulation else config.training.backend
+
+
+def check_structure(config: RunConfig, world_size: int, backend: Backend) -> Structure:
+    """Check all that needs neither data nor tokenizer: a dry run refuses what this refuses.
+
+    Args:
+        config: the run.
+        world_size: number of ranks.
+        backend: what it will run on, here or elsewhere.
 
     Raises:
         UserError: the first thing that does not fit.
@@ -89,8 +103,8 @@ def check_structure(config: RunConfig, world_size: int) -> Structure:
             f"{encoder.max_position_embeddings}: raise the latter or shorten the samples"
         )
     layout = _check_layout(config, encoder, world_size)
-    _check_precision(config, encoder, layout)
-    _check_unfinished(config)
+    _check_precision(config, encoder, layout, backend)
+    check_overlap(config.parallel, backend)
     plan = PhasePlan.from_config(config)
     _check_schedule(config, plan)
     return Structure(encoder, plan, layout)
@@ -102,7 +116,8 @@ def prepare(config: RunConfig, world_size: int) -> RunSetup:
     Raises:
         UserError: the first thing that does not fit.
     """
-    structure = check_structure(config, world_size)
+    backend = choose_backend(backend_request(config))
+    structure = check_structure(config, world_size, backend)
     tokenizer = load_tokenizer(config.data.tokenizer)
     vocabulary = resolve_vocabulary(config, tokenizer)
     data_record = [_check_source(source, "train", tokenizer) for source in config.data.train]
@@ -118,7 +133,7 @@ def prepare(config: RunConfig, world_size: int) -> RunSetup:
         vocabulary=vocabulary,
         plan=structure.plan,
         layout=structure.layout,
-        backend=choose_backend("local" if config.precision.emulation else config.training.backend),
+        backend=backend,
         training_data=training_data,
         validation_data=validation_data,
         data_record=data_record,
@@ -126,28 +141,9 @@ def prepare(config: RunConfig, world_size: int) -> RunSetup:
     )
 
 
-def _check_unfinished(config: RunConfig) -> None:
-    if config.parallel.context > 1:
-        raise UserError(f"parallel.context is {config.parallel.context}: this version has no context parallelism")
-    unfinished = [
-        name
-        for name in ("gradient_reduce", "parameter_gather", "tensor_communication")
-        if getattr(config.parallel, f"overlap_{name}")
-    ]
-    if unfinished:
-        raise UserError(f"parallel.overlap_{unfinished[0]} is true: this version overlaps nothing")
-    if config.training.recompute != "none":
-        raise UserError(f"training.recompute is {config.training.recompute}: this version recomputes nothing")
-
-
-def _check_precision(config: RunConfig, encoder: EncoderConfig, layout: Layout) -> None:
-    if not config.precision.is_fp8:
-        return
+def _check_precision(config: RunConfig, encoder: EncoderConfig, layout: Layout, backend: Backend) -> None:
     tokens = config.training.micro_batch_size * config.data.sequence_length // config.parallel.context
-    kernels = has_kernels(config.precision)
-    capability = torch.cuda.get_device_capability() if kernels and torch.cuda.is_available() else None
-    has_te = kernels and capability is not None and has_transformer_engine()
-    check_precision(config.precision, encoder, layout, tokens, capability, has_te)
+    check_precision(config.precision, encoder, layout, tokens, backend.capability, backend.layers == "transformer_engine")
     warning = small_width_warning(config.precision, encoder.hidden_size)
     if warning and rank_from_environment() == 0:
         warn(warning)
@@ -158,9 +154,9 @@ def _check_layout(config: RunConfig, encoder: EncoderConfig, world_size: int) ->
         "model.num_attention_heads": encoder.num_attention_heads,
         "model.num_query_groups": encoder.num_query_groups,
         "model.ffn_hidden_size": encoder.ffn_hidden_size,
-        "the tokens of a micro-batch,": config.training.micro_batch_size * config.data.sequence_length,
     }
-    layout = check_layout(config.parallel, config.training, encoder.num_layers, shards, world_size)
+    tokens = config.training.micro_batch_size * config.data.sequence_length
+    layout = check_layout(config.parallel, config.training, encoder.num_layers, shards, world_size, tokens=tokens)
     if config.validation.interval:
         # Every rank runs the same number of micro-batches, and the interleaved schedule wants a multiple of its stages.
         multiple = config.training.micro_batch_size * layout.data * (layout.pipeline if layout.virtual_pipeline > 1 else 1)

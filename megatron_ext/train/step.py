@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -44,15 +43,17 @@ def run_schedule(
 
     Args:
         chunks: this rank's model chunks; more than one when interleaved.
-        batches: the micro-batches of this data-parallel rank.
+        batches: the micro-batches of this data-parallel rank, whole: here they are cut for context parallelism.
         tokens: tokens in each of them.
         device: where the model is.
         forward_only: no gradients.
         mark: called before each micro-batch: the run is getting on.
 
     Returns:
-        This data-parallel rank's sums.
+        This rank's sums: those of its part of the tokens.
     """
+    place, parts = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+    batches = [batch.part(place, parts) for batch in batches]
     on_device = [batch.to(device) for batch in batches]
     iterators = [_marking(on_device, mark) for _ in chunks]
     reports: list[Report] = get_forward_backward_func()(
@@ -100,7 +101,7 @@ class Sums:
             name = batch.objective.name
             self.predicted[name] = self.predicted.get(name, 0) + batch.target_ids.numel()
             self.tokens += batch.input_ids.numel()
-            self.attended += attended_length(np.asarray(batch.segment_lengths), batch.causal)
+            self.attended += attended_length(batch.segment_lengths, batch.causal, batch.keys and batch.keys.lengths)
 
     def are_finite(self) -> bool:
         """Whether all losses are; waits for the device."""

@@ -17,15 +17,18 @@ from megatron_ext.data.loader import BatchBuilder, StepData, TrainingLoader
 from megatron_ext.errors import say
 from megatron_ext.model.encoder import EncoderModel
 from megatron_ext.model.fp8_emulation import end_step
+from megatron_ext.runtime.allocator import give_back_freed_memory
 from megatron_ext.runtime.cpu import patch_megatron
 from megatron_ext.runtime.precision import emulation_notice
-from megatron_ext.runtime.topology import process_groups, rank_from_environment, world_size_from_environment
+from megatron_ext.runtime.topology import default_group, process_groups, rank_from_environment, world_size_from_environment
+from megatron_ext.runtime.userbuffers import start_userbuffers
 from megatron_ext.runtime.watchdog import Watchdog
 from megatron_ext.train.agreement import Agreement
 from megatron_ext.train.batch_log import BatchLog
-from megatron_ext.train.build import build_model, wrap_model
+from megatron_ext.train.build import build_model, whole_weights, wrap_model
 from megatron_ext.train.changes import as_records, check_changes
 from megatron_ext.train.checkpoint import load_checkpoint
+from megatron_ext.train.environment import prepare_together
 from megatron_ext.train.folder_lock import held_by_this_run
 from megatron_ext.train.metrics import Counters, SpeedMeter, peak_flops, step_flops
 from megatron_ext.train.optimizer import (
@@ -62,15 +65,30 @@ def train(config: RunConfig) -> int:
     Raises:
         UserError: the configuration does not fit the data, the machine or the checkpoint.
     """
+    with default_group(group_timeout(config)):
+        agreement = Agreement(group_timeout(config))
+        setup = prepare_together(config, agreement, functools.partial(_prepare, config))
+        use_all_cores()
+        if setup.backend.device.type == "cpu":
+            give_back_freed_memory()
+        patch_megatron()
+        return _train(setup, agreement)
+
+
+def _prepare(config: RunConfig) -> RunSetup:
     setup = prepare(config, world_size_from_environment())
     check_resume(config)
     notice = emulation_notice(config.precision)
     if notice and rank_from_environment() == 0:
         say(notice)
-    use_all_cores()
-    patch_megatron()
-    timeout = 60 * config.training.timeout_minutes
+    return setup
+
+
+def _train(setup: RunSetup, agreement: Agreement) -> int:
+    """What `train` does once the ranks have found each other alike."""
+    config = setup.config
     groups = process_groups(setup.layout, setup.backend, group_timeout(config))
+    timeout = 60 * config.training.timeout_minutes
     held = held_by_this_run(Path(config.output_dir))
     with StopRequest() as stop, groups, Watchdog(timeout, EXIT_HANG) as watchdog, held:
         checkpoint = choose_checkpoint(config, watchdog.mark)
@@ -82,7 +100,7 @@ def train(config: RunConfig) -> int:
         watchdog.at_end = functools.partial(trackers.finish, "FAILED")
         status: Status = "FAILED"
         try:
-            trainer = Trainer.build(setup, trackers, watchdog, stop)
+            trainer = Trainer.build(setup, agreement, trackers, watchdog, stop)
             if checkpoint and record:
                 trainer.restore(checkpoint, record)
             elif start:
@@ -164,18 +182,25 @@ class Trainer:
     """A signal has come to some rank."""
 
     @classmethod
-    def build(cls, setup: RunSetup, trackers: Trackers, watchdog: Watchdog, stop: StopRequest) -> "Trainer":
+    def build(cls, setup: RunSetup, agreement: Agreement, trackers: Trackers, watchdog: Watchdog, stop: StopRequest) -> "Trainer":
         """Build model, optimizer and loader; the process groups must exist."""
         config = setup.config
         watchdog.mark("building the model")
+        start_userbuffers(setup.layout, setup.tokens_per_batch, setup.encoder.hidden_size, config.precision)
         bare = build_model(
-            setup.encoder, setup.vocab_size, setup.layout, setup.backend, setup.dtype, config.training.seed, config.precision
+            setup.encoder,
+            setup.vocab_size,
+            setup.layout,
+            setup.backend,
+            setup.dtype,
+            config.training.seed,
+            config.precision,
+            config.training.recompute,
         )
-        chunks = wrap_model(bare, setup.layout.distributed_optimizer)
+        chunks = wrap_model(bare, setup.layout)
         optimizer = build_optimizer(config.optimizer, chunks, setup.dtype, setup.layout.distributed_optimizer, config.precision)
         rank = parallel_state.get_data_parallel_rank()
         builder = BatchBuilder(setup.training_data, config.data, setup.vocabulary, config.training.seed)
-        agreement = Agreement(group_timeout(config))
         folder = checkpoint_folder(config)
         return cls(
             setup=setup,
@@ -267,7 +292,7 @@ class Trainer:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = run_schedule(self.chunks, data.micro_batches, self._tokens_per_batch, self.setup.backend.device, False, mark)
+        sums = run_schedule(self.chunks, data.micro_batches, self.setup.tokens_per_batch, self.setup.backend.device, False, mark)
         norm = gradient_norm(self.optimizer)
         is_bad = not (math.isfinite(norm) and sums.are_finite())
         is_bad, self.is_stopping, is_writing = self.agreement.any(is_bad, self.stop.came, self.saves.is_writing)
@@ -282,10 +307,6 @@ class Trainer:
         with self.speed.pause():
             self.saves.collect(is_writing)
         return sums, norm
-
-    @property
-    def _tokens_per_batch(self) -> int:
-        return self.setup.config.training.micro_batch_size * self.setup.config.data.sequence_length
 
     def _read(self, window: Sums, steps: int, metrics: dict[str, float]) -> None:
         """Sum the window up over the ranks, count it and log it."""
@@ -310,7 +331,7 @@ class Trainer:
             return
         phase = self.setup.plan.phase_at(self.step - 1)
         mark = functools.partial(self.watchdog.mark, f"validating after step {self.step}")
-        with self.speed.pause():
+        with self.speed.pause(), whole_weights(self.chunks):
             losses = validate(self.setup, self.chunks, phase, self.step - 1, self.data_rank, mark)
         self.trackers.log(self.step, losses, phase.name)
 
@@ -323,7 +344,7 @@ class Trainer:
             **self.inherited,
             **self.trackers.identity(),
         }
-        with self.speed.pause():
+        with self.speed.pause(), whole_weights(self.chunks):
             self.saves.save(record, is_last)
 
     def _tell_stopped(self) -> None:
@@ -334,7 +355,8 @@ class Trainer:
 
 def _batch_log(setup: RunSetup, rank: int) -> BatchLog | None:
     """One rank of each model replica keeps it."""
-    is_first = parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+    ranks = (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank())
+    is_first = ranks == (0, 0) and parallel_state.is_pipeline_first_stage(ignore_virtual=True)
     if not (setup.config.training.log_batches and is_first):
         return None
     return BatchLog(Path(setup.config.output_dir), setup.training_data, rank)

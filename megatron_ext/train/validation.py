@@ -69,14 +69,13 @@ def validate(
         Metric name -> nats per predicted token.
     """
     builder = validation_builder(setup)
-    tokens = setup.config.training.micro_batch_size * setup.config.data.sequence_length
     for chunk in chunks:
         chunk.eval()
     results = {}
     for task in [*phase_tasks(phase, step), comparison_task(setup)]:
         batches = validation_batches(setup, builder, task, rank, setup.layout.data)
         with torch.no_grad():
-            sums = run_schedule(chunks, batches, tokens, setup.backend.device, True, mark).reduce()
+            sums = run_schedule(chunks, batches, setup.tokens_per_batch, setup.backend.device, True, mark).reduce()
         if sums.predicted[task.objective.name]:
             results[task.metric] = sums.mean_losses()[task.objective.name]
     for chunk in chunks:

@@ -42,8 +42,23 @@ def small_tree(corpus: Corpus, output_dir: Path, steps: int, interval: int, **ch
 class Job:
     """A run of the real entry point in processes of its own, all of which can be found again whoever their parent is."""
 
-    def __init__(self, tree: dict[str, Any], folder: Path, *launcher: str):
-        """Start it; `launcher` are arguments of torchrun, without any it is one process."""
+    def __init__(
+        self,
+        tree: dict[str, Any],
+        folder: Path,
+        *launcher: str,
+        prefix: tuple[str, ...] = (),
+        variables: dict[str, str] | None = None,
+    ):
+        """Start it.
+
+        Args:
+            tree: the run's configuration.
+            folder: for its log and configuration.
+            launcher: arguments of torchrun; without any it is one process.
+            prefix: what the command is run by, and becomes.
+            variables: more of its environment.
+        """
         self.output_dir = Path(tree["output_dir"])
         self._mark = uuid.uuid4().hex
         config = folder / f"{self._mark}.yaml"
@@ -51,8 +66,8 @@ class Job:
         self._log = folder / f"{self._mark}.log"
         environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_NAMES}
         # One thread for each process: several run at a time.
-        environment |= {MARK: self._mark, "LOCAL_WORLD_SIZE": str(os.cpu_count()), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, *(("-m", "torch.distributed.run", *launcher) if launcher else ())]
+        environment |= {MARK: self._mark, "LOCAL_WORLD_SIZE": str(os.cpu_count()), "OMP_NUM_THREADS": "1", **(variables or {})}
+        command = [*prefix, sys.executable, *(("-m", "torch.distributed.run", *launcher) if launcher else ())]
         with open(self._log, "w") as log:
             self.process = subprocess.Popen(
                 [*command, str(ROOT / "pretrain_encoder.py"), "--config", str(config)],

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ext.config import ParallelConfig, TrainingConfig
+from megatron_ext.config import ParallelConfig, Recompute, TrainingConfig
 from megatron_ext.doctor.small_model import SAMPLES, VOCAB_SIZE, make_encoder, sequence_length
 
-SEQUENCE_LENGTH = sequence_length(1)
+SEQUENCE_LENGTH = sequence_length(ParallelConfig())
 MICRO_BATCHES = 8
 EXTRAS = {
     "qkv_bias": True,
@@ -24,11 +24,13 @@ class Case:
     tensor: int = 1
     pipeline: int = 1
     virtual_pipeline: int = 1
+    context: int = 1
     sequence: bool = True
     distributed_optimizer: bool = False
     tied: bool = False
     with_extras: bool = False
     """Biases on queries, keys and values, norms on queries and keys, stretched RoPE."""
+    recompute: Recompute = "none"
 
     def parallel(self) -> ParallelConfig:
         """The configured sizes."""
@@ -36,6 +38,7 @@ class Case:
             tensor=self.tensor,
             pipeline=self.pipeline,
             virtual_pipeline=self.virtual_pipeline,
+            context=self.context,
             sequence=self.sequence,
             distributed_optimizer=self.distributed_optimizer,
         )
@@ -67,5 +70,5 @@ def build(case: Case) -> tuple[list[Any], list[Any], Any]:
 
     layout, backend = start(case)
     encoder = make_encoder(case.parallel(), tie_embeddings=case.tied, **(EXTRAS if case.with_extras else {}))
-    bare = build_model(encoder, VOCAB_SIZE, layout, backend, torch.float32, seed=3)
-    return bare, wrap_model(bare, case.distributed_optimizer), layout
+    bare = build_model(encoder, VOCAB_SIZE, layout, backend, torch.float32, seed=3, recompute=case.recompute)
+    return bare, wrap_model(bare, layout), layout

@@ -56,14 +56,14 @@ def test_a_rank_that_sleeps_is_named(corpus: Corpus, tmp_path: Path) -> None:
     ids=["rank 0", "rank 1"],
 )
 def test_a_rank_that_is_stopped_is_named(stopped: int, word: str, corpus: Corpus, tmp_path: Path) -> None:
-    tree = config_tree(corpus, tmp_path / "run", {}, training={"timeout_minutes": 0.05})
+    tree = config_tree(corpus, tmp_path / "run", {}, training={"timeout_minutes": 0.1})
     hang = HANGS.format(rank=stopped, hang="os.kill(os.getpid(), signal.SIGSTOP)")
     with ranks(tree, tmp_path, 2, hang) as run:
         other = run[1 - stopped]
         assert other.wait() == EXIT_HANG, other.text
         assert psutil.Process(run[stopped].process.pid).status() == psutil.STATUS_STOPPED
     (line,) = [line for line in other.text.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: no progress for 3 s (training.timeout_minutes): ") and word in line
+    assert line.startswith("error: no progress for 6 s (training.timeout_minutes): ") and word in line
 
 
 TELLS_TIMEOUTS = """

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.doctor.small_model import make_batch
+from megatron_ext.doctor.small_model import SAMPLES, make_batch
 from megatron_ext.doctor.whole_tensors import TIED_COPY, gather, own_share, whole_gradients
 from megatron_ext.runtime.launch import run_on_ranks
 from tests.distributed.models import MICRO_BATCHES, SEQUENCE_LENGTH, Case, build
@@ -18,6 +18,9 @@ CASES = {
     "PP2 interleaved": (2, Case(pipeline=2, virtual_pipeline=2)),
     "DP2": (2, Case()),
     "DP2 distributed optimizer": (2, Case(distributed_optimizer=True)),
+    "CP2": (2, Case(context=2)),
+    "PP2 interleaved, layers recomputed": (2, Case(pipeline=2, virtual_pipeline=2, recompute="full")),
+    "CP2, attention recomputed": (2, Case(context=2, recompute="attention")),
     "PP2 tied": (2, Case(pipeline=2, tied=True)),
     "TP2 tied": (2, Case(tensor=2, tied=True)),
     "TP2+SP with extras": (2, Case(tensor=2, with_extras=True)),
@@ -25,8 +28,14 @@ CASES = {
     "PP2 with extras": (2, Case(pipeline=2, with_extras=True)),
     "TP2 x PP2": (4, Case(tensor=2, pipeline=2)),
     "TP2 x PP2 interleaved": (4, Case(tensor=2, pipeline=2, virtual_pipeline=2)),
+    "TP2+SP x CP2": (4, Case(tensor=2, context=2)),
+    "PP2 x CP2 tied": (4, Case(pipeline=2, context=2, tied=True)),
+    "PP2 interleaved x CP2": (4, Case(pipeline=2, virtual_pipeline=2, context=2)),
+    "CP2 x DP2 distributed optimizer": (4, Case(context=2, distributed_optimizer=True)),
     "TP2 x DP2 distributed optimizer": (4, Case(tensor=2, distributed_optimizer=True)),
 }
+RECOMPUTED = {"PP2 interleaved, layers recomputed": "PP2 interleaved", "CP2, attention recomputed": "CP2"}
+"""Cases that keep fewer activations, and their twins."""
 STEPS = 3
 # float32: sums are taken in another order. Seen: 1e-6 of the largest gradient; a wrong factor or missing term is far above.
 RELATIVE = 2e-5
@@ -48,14 +57,20 @@ def _batches(objective: str, packed: bool, step: int = 0) -> list[Any]:
 
 
 def _gradients(case: Case, bare: list[Any], wrapped: list[Any], objective: str, packed: bool) -> dict[str, Any]:
+    from megatron_ext.model.attention import DocumentAttention
     from megatron_ext.train.step import run_schedule
 
     for chunk in wrapped:
         chunk.zero_grad_buffer()
-    sums = run_schedule(wrapped, _batches(objective, packed), 2 * SEQUENCE_LENGTH, torch.device("cpu"), forward_only=False)
+    calls: list[str] = []
+    attention = [module for chunk in bare for module in chunk.modules() if isinstance(module, DocumentAttention)]
+    hooks = [module.register_forward_pre_hook(lambda *_: calls.append("attention")) for module in attention]
+    sums = run_schedule(wrapped, _batches(objective, packed), SAMPLES * SEQUENCE_LENGTH, torch.device("cpu"), forward_only=False)
+    for hook in hooks:
+        hook.remove()
     total = sums.reduce()
     gradients = whole_gradients(bare, wrapped, case.distributed_optimizer)
-    return {"loss": total.mean_losses(), "predicted": total.predicted, "gradients": gradients}
+    return {"loss": total.mean_losses(), "predicted": total.predicted, "gradients": gradients, "calls": len(calls)}
 
 
 def _train(case: Case, bare: list[Any], wrapped: list[Any]) -> dict[str, Any]:
@@ -70,7 +85,7 @@ def _train(case: Case, bare: list[Any], wrapped: list[Any]) -> dict[str, Any]:
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        run_schedule(wrapped, _batches("mixed", True, step), 2 * SEQUENCE_LENGTH, torch.device("cpu"), forward_only=False)
+        run_schedule(wrapped, _batches("mixed", True, step), SAMPLES * SEQUENCE_LENGTH, torch.device("cpu"), forward_only=False)
         norms.append(float(optimizer.step()[1]))
     return {"weights": gather(bare, lambda parameter: parameter.data), "norms": norms}
 
@@ -129,3 +144,13 @@ def test_updated_weights_equal_one_rank(measured: Any, name: str) -> None:
         torch.testing.assert_close(
             ours["weights"][parameter], expected, rtol=0, atol=2e-5, msg=lambda text, p=parameter: f"{p}: {text}"
         )
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_recomputation_changes_no_bit(two_ranks: dict[str, Any], name: str) -> None:
+    """With micro-batches of other objectives under way between a forward pass and its recomputation."""
+    ours, twin = (two_ranks[case]["mixed", True] for case in (name, RECOMPUTED[name]))
+    assert ours["calls"] == 2 * twin["calls"] > 0
+    assert ours["loss"] == twin["loss"]
+    for parameter, expected in twin["gradients"].items():
+        assert torch.equal(ours["gradients"][parameter], expected), parameter

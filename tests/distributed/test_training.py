@@ -1,7 +1,10 @@
 """Whole runs with real processes: resumes are exact, layouts agree, phases switch at their edges on every rank."""
 
+import copy
 import json
+import runpy
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,6 +217,28 @@ def test_bf16_resumes_exactly_and_moves_between_optimizers(corpus: Corpus, tmp_p
         assert losses == {key: pytest.approx(expected[key], abs=2e-3) for key in losses}  # bf16 keeps 8 bits
 
 
+def test_context_parallel_run_resumes_exactly_and_trains_like_one_rank(
+    corpus: Corpus, one_rank: dict[str, Run], tmp_path: Path
+) -> None:
+    """Micro-batches of one sample, so that the two ranks share documents; each keeps half of the optimizer's state."""
+    parallel = {"context": 2, "distributed_optimizer": True}
+    changes: dict[str, Any] = {"training": {"micro_batch_size": 1, "log_batches": True, "recompute": "attention"}}
+    start = str(tmp_path / f"whole/checkpoints/step_{SAVED:08d}")
+    trees = [
+        config_tree(corpus, tmp_path / "whole", parallel, **copy.deepcopy(changes)),
+        config_tree(corpus, tmp_path / "resumed", parallel, **copy.deepcopy(changes), resume=start),
+    ]
+    run_on_ranks(run_training, 2, trees)
+    whole, resumed = (Run(Path(tree["output_dir"]), []) for tree in trees)
+    assert whole.shard_sums(TOTAL) == resumed.shard_sums(TOTAL)
+    _assert_same_training(whole, one_rank["whole"])
+    records = [json.loads((run.checkpoint(TOTAL) / "run.json").read_text()) for run in (whole, one_rank["whole"])]
+    for counter in ("samples", "tokens", "predicted_tokens", "flops"):
+        assert records[0][counter] == pytest.approx(records[1][counter], rel=1e-12), counter
+    logs = {path.name: path.read_text().splitlines() for path in (tmp_path / "whole/batches").iterdir()}
+    assert {name: len(lines) for name, lines in logs.items()} == {"data_rank_0000.jsonl": TOTAL * 16}, "every sample once"
+
+
 def test_stop_and_auto_resume_continue_the_same_run(corpus: Corpus, one_rank: dict[str, Run], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     stopped = config_tree(corpus, folder, {}, training={"stop_at_step": 5})
@@ -223,24 +248,19 @@ def test_stop_and_auto_resume_continue_the_same_run(corpus: Corpus, one_rank: di
     assert leftovers == []
 
 
-def test_checkpoint_of_any_layout_exports_and_verifies(other_layout: dict[str, Run], tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
+def test_checkpoint_of_any_layout_exports_and_verifies(
+    other_layout: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     for step, architecture in ((EDGE, "LlamaForCausalLM"), (TOTAL, "EuroBertForMaskedLM")):
         checkpoint = tmp_path / f"step_{step}"
         shutil.copytree(other_layout["whole"].checkpoint(step), checkpoint)
-        command = [
-            sys.executable,
-            "tools/convert_checkpoint.py",
-            "export",
-            str(checkpoint),
-            str(tmp_path / f"hf_{step}"),
-            "--verify",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        assert architecture in done.stdout
+        arguments = ["export", str(checkpoint), str(tmp_path / f"hf_{step}"), "--verify"]
+        monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *arguments])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path("tools/convert_checkpoint.py", run_name="__main__")
+        printed = capsys.readouterr()
+        assert end.value.code == 0, printed.err
+        assert architecture in printed.out
 
 
 def refused(capfd: pytest.CaptureFixture, tree: dict[str, Any]) -> str:

@@ -263,6 +263,13 @@ SIZES_THAT_DO_NOT_FIT: dict[str, tuple[int, dict[str, Any], list[str]]] = {
         ["parallel.tensor is 2", "model.ffn_hidden_size 161"],
     ),
     "tokens": (2, {"parallel.tensor": 2, "data.sequence_length": 63}, ["parallel.tensor is 2", "tokens", "63"]),
+    "ranks of a context": (6, {"parallel.context": 4}, ["6 ranks", "parallel.context 4"]),
+    "tokens of a context": (4, {"parallel.context": 4, "data.sequence_length": 62}, ["parallel.context is 4", "tokens", "62"]),
+    "tokens of a context's tensor ranks": (
+        4,
+        {"parallel.context": 2, "parallel.tensor": 2, "data.sequence_length": 62},
+        ["parallel.context is 2", "parallel.tensor 2", "62"],
+    ),
     "layers": (3, {"parallel.pipeline": 3}, ["model.num_layers 4", "parallel.pipeline 3"]),
     "chunks": (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 4}, ["model.num_layers 4", "parallel.virtual_pipeline 4"]),
     "batch": (3, {}, ["training.global_batch_size 8", "training.micro_batch_size 1", "3 data-parallel ranks"]),
@@ -295,9 +302,20 @@ def test_layout() -> None:
     assert layout.sequence_parallel
     assert not check_layout(ParallelConfig(), training, 12, {}, 1).sequence_parallel, "there is nothing to split on one rank"
     assert not check_layout(ParallelConfig(tensor=2, sequence=False), training, 12, {}, 2).sequence_parallel
+    context = check_layout(ParallelConfig(tensor=2, context=3), training, 12, {}, 24, tokens=12)
+    assert (context.tensor, context.context, context.data, context.micro_batches(training)) == (2, 3, 4, 6)
+    assert str(context) == "TP2+SP x PP1 x CP3 x DP4"
     refused(lambda: check_layout(parallel, training, 12, {"heads": 3}, 24), ["parallel.tensor is 2", "heads 3"])
     refused(lambda: check_layout(parallel, training, 10, {}, 24), ["model.num_layers 10", "6 stages"])
     refused(lambda: check_layout(parallel, training, 12, {}, 20), ["20 ranks", "6"])
+
+
+@pytest.mark.parametrize("name", ["overlap_gradient_reduce", "overlap_tensor_communication"])
+def test_overlap_is_refused_where_nothing_can_do_it(files: Path, name: str) -> None:
+    from megatron_ext.train.preflight import prepare
+
+    tree = edited(put("parallel", {"tensor": 2, name: True}), run_tree(files))
+    refused(lambda: prepare(from_dict(tree), 2), [f"parallel.{name} is true", "GPU"])
 
 
 def without_sidecar(files: Path, name: str) -> str:

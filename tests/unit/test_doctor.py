@@ -140,8 +140,8 @@ def test_machine_report_says_what_will_run(monkeypatch: pytest.MonkeyPatch) -> N
     masks = {(row["objective"], row["packed"]): (row["mask_type"], row["runs"]) for row in used["attention"]}
     causal, whole = ("padding_causal", "padding") if used["layers"] == "transformer_engine" else ("causal", "no_mask")
     assert masks == {
-        **{(name, packed): (whole, 8 if packed else 2) for name in ("mlm", "mntp") for packed in (True, False)},
-        **{("clm", packed): (causal, 8 if packed else 2) for packed in (True, False)},
+        **{(name, packed): (whole, 12 if packed else 3) for name in ("mlm", "mntp") for packed in (True, False)},
+        **{("clm", packed): (causal, 12 if packed else 3) for packed in (True, False)},
     }
     text = "\n".join(render(report, PLAIN))
     assert torch.__version__.partition("+")[0] in text

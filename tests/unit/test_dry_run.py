@@ -18,6 +18,7 @@ from megatron_ext.model.flops import count_parameters
 from megatron_ext.model.presets import PRESETS
 from megatron_ext.plan.dry_run import DryRun, dry_run, largest_predicted_share
 from megatron_ext.plan.memory import rank_memory
+from megatron_ext.runtime.backend import ON_CPU
 from megatron_ext.runtime.launch import PRELOADED, run_on_ranks
 from megatron_ext.train.preflight import check_structure, prepare
 from tests.unit.processes import refusal, run_tool
@@ -65,17 +66,16 @@ def save_for_real(folder: str) -> None:
     import torch
     from megatron.core import dist_checkpointing
 
-    from megatron_ext.runtime.backend import choose_backend
     from megatron_ext.runtime.topology import process_groups
     from megatron_ext.train.build import build_model, wrap_model
     from megatron_ext.train.checkpoint import sharded_state
     from megatron_ext.train.optimizer import build_optimizer, update
 
     config = config_of(**REAL)
-    structure, backend = check_structure(config, 2), choose_backend("local")
+    structure, backend = check_structure(config, 2, ON_CPU), ON_CPU
     with process_groups(structure.layout, backend):
         bare = build_model(structure.encoder, VOCAB_SIZE, structure.layout, backend, torch.bfloat16, 0)
-        chunks = wrap_model(bare, structure.layout.distributed_optimizer)
+        chunks = wrap_model(bare, structure.layout)
         optimizer = build_optimizer(config.optimizer, chunks, torch.bfloat16, True)
         optimizer.prepare_grads()
         update(optimizer, 0.0)
@@ -94,7 +94,7 @@ def pool() -> ProcessPoolExecutor:
 @pytest.mark.parametrize("case", CASES)
 def test_formulas_give_the_bytes_of_what_is_built(case: str, pool: ProcessPoolExecutor) -> None:
     config = config_of(**CASES[case])
-    structure = check_structure(config, 16)
+    structure = check_structure(config, 16, ON_CPU)
     result = pool.submit(build, 16, None, CASES[case]).result()
     assert [report.stage for report in result.ranks] == list(range(config.parallel.pipeline))
     for report in result.ranks:
@@ -169,9 +169,9 @@ def test_refuses_its_own_options(ranks: Sequence[int] | None, vocab_size: int | 
 
 def test_logits_are_counted_for_the_densest_phase() -> None:
     phases = [{"objective": "mlm", "steps": 1, "masking": {"ratio": 0.2, "final_ratio": 0.5}}, {"objective": "mntp", "steps": 1}]
-    assert largest_predicted_share(check_structure(config_of(phases=phases), 1).plan) == 0.5
+    assert largest_predicted_share(check_structure(config_of(phases=phases), 1, ON_CPU).plan) == 0.5
     phases.append({"objective": {"clm": 0.1, "mlm": 0.9}, "steps": 1})
-    assert largest_predicted_share(check_structure(config_of(phases=phases), 1).plan) == 1.0
+    assert largest_predicted_share(check_structure(config_of(phases=phases), 1, ON_CPU).plan) == 1.0
 
 
 def test_the_tool_shows_a_run_and_refuses_one(tmp_path: Path) -> None:

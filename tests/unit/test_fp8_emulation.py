@@ -230,11 +230,14 @@ def test_first_and_last_layers_and_the_head_stay_in_bf16(one_rank: Any) -> None:
 
 
 def train_steps(tensor: int, sequence: bool, recipe: str) -> dict[str, np.ndarray]:
-    """Three steps of a small model in float32: losses, gradient norms and histories. The weights hardly move: Adam would make much of little."""
+    """Three steps of a small model in float32: losses, gradient norms and histories.
+
+    The weights hardly move: Adam would make much of a small difference between layouts.
+    """
     from megatron.core import parallel_state
 
     from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainingConfig
-    from megatron_ext.doctor.small_model import VOCAB_SIZE, make_batch
+    from megatron_ext.doctor.small_model import SAMPLES, VOCAB_SIZE, make_batch
     from megatron_ext.model.fp8_emulation import end_step
     from megatron_ext.runtime.backend import choose_backend
     from megatron_ext.runtime.topology import check_layout, initialize
@@ -249,7 +252,7 @@ def train_steps(tensor: int, sequence: bool, recipe: str) -> dict[str, np.ndarra
     initialize(layout, backend)
     precision = PrecisionConfig(recipe=recipe, emulation=recipe != "fp32", amax_history_length=2)
     bare = build_model(encoder_config(), VOCAB_SIZE, layout, backend, torch.float32, 3, precision)
-    chunks = wrap_model(bare, False)
+    chunks = wrap_model(bare, layout)
     optimizer = build_optimizer(OptimizerConfig(learning_rate=1e-7), chunks, torch.float32, False)
     data = parallel_state.get_data_parallel_rank()
     losses = []
@@ -257,8 +260,8 @@ def train_steps(tensor: int, sequence: bool, recipe: str) -> dict[str, np.ndarra
         chunks[0].zero_grad_buffer()
         optimizer.zero_grad()
         numbers = range(step * batches_in_all + data, (step + 1) * batches_in_all, layout.data)
-        batches = [make_batch(number, "mlm", True, 64) for number in numbers]
-        sums = run_schedule(chunks, batches, 128, backend.device, False)
+        batches = [make_batch(number, "mlm", True, 128) for number in numbers]
+        sums = run_schedule(chunks, batches, 128 * SAMPLES, backend.device, False)
         norm = gradient_norm(optimizer)
         update(optimizer, norm)
         end_step(chunks, was_taken=True)
@@ -275,6 +278,8 @@ def train_steps(tensor: int, sequence: bool, recipe: str) -> dict[str, np.ndarra
 LAYOUTS = {"TP2": (2, True), "DP2": (1, False)}
 LAYOUT_TOLERANCE = 2e-3
 """Layouts sum in another order, and a value that lies on the edge of two FP8 numbers may then fall on the other side of it."""
+HISTORY_TOLERANCE = 6e-2
+"""Of a largest value: it is one element, and one such fall moves it by up to half a step of e4m3, 1/16."""
 OWN_SCALE_TOLERANCE = 2e-2
 """fp8-tensorwise on TP2: a rank scales its own part of a weight by that part's largest value, as Transformer Engine does."""
 
@@ -293,6 +298,7 @@ def test_two_ranks_compute_what_one_does() -> None:
             has_own_scales = recipe == "fp8-tensorwise" and layout == "TP2"
             for name, value in expected[recipe].items():
                 tolerance = OWN_SCALE_TOLERANCE if has_own_scales else LAYOUT_TOLERANCE
+                tolerance = HISTORY_TOLERANCE if name.endswith("amax_history") else tolerance
                 np.testing.assert_allclose(found[name], value, rtol=tolerance, err_msg=f"{recipe} {name} {layout}")
     for recipe in RECIPES:  # each rounds, and each otherwise
         others = [found["losses"] for name, found in expected.items() if name != recipe]

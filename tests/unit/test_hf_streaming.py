@@ -147,6 +147,16 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     return folder, write_large_model(folder, Shape(layers=10, hidden=1024, ffn=4096, heads=16, groups=4, vocabulary=20_480))
 
 
+def test_the_benchmark_measures_parity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `make bench-conversion` calls for each family; the limit is that of the documents."""
+    from tests.conversion.measure import measure_parity
+    from tests.unit import hf_models
+
+    monkeypatch.setattr(hf_models, "RECIPES", {"qwen3 tied": hf_models.RECIPES["qwen3 tied"]})
+    (found,) = measure_parity(tmp_path).values()
+    assert found["class"] == "Qwen3ForCausalLM" and 0 < max(found["import"], found["export"]) < 1e-4
+
+
 def test_memory_does_not_grow_with_the_model(large_model: tuple[Path, int], tmp_path: Path) -> None:
     """Against a model of next to no size, whose conversion takes the memory that Python, torch and transformers take."""
     folder, largest = large_model

@@ -145,7 +145,7 @@ def measure_reset(dtype: torch.dtype, distributed: bool) -> dict[str, Any]:
         initialize(layout, backend)
 
     def new() -> tuple[Any, Any]:
-        chunks = wrap_model(build_model(ENCODER, VOCAB_SIZE, layout, backend, dtype, seed=1), distributed)
+        chunks = wrap_model(build_model(ENCODER, VOCAB_SIZE, layout, backend, dtype, seed=1), layout)
         return chunks[0], build_optimizer(CONFIG, chunks, dtype, distributed)
 
     def update(model: Any, optimizer: Any, number: int) -> None:

@@ -199,3 +199,10 @@ def test_a_tied_embedding_is_reduced_between_the_ends() -> None:
     args = (128_256, layout_of(pipeline=2), TRAINING, PrecisionConfig(), 2048)
     sent = [step_traffic(encoder, *args, stage, SHARE)["embedding"] for stage in range(2)]
     assert sent == [4 * 128_256 * 2304] * 2
+
+
+def test_a_chunk_of_logits_is_that_of_the_head() -> None:
+    from megatron_ext.model import head
+    from megatron_ext.plan import memory
+
+    assert memory.LOGITS_PER_CHUNK == head.LOGITS_PER_CHUNK
