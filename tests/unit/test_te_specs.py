@@ -35,6 +35,7 @@ LAYOUTS = {
     "TP1 PP2": ParallelConfig(pipeline=2),
     "TP2 PP2": ParallelConfig(tensor=2, pipeline=2),
     "TP2 PP2 interleaved": ParallelConfig(tensor=2, pipeline=2, virtual_pipeline=2),
+    "TP2 CP2": ParallelConfig(tensor=2, context=2),
 }
 VARIANTS = {
     "plain": {},
@@ -72,10 +73,10 @@ def build_rank(
     encoder: EncoderConfig, parallel: ParallelConfig, rank: int, layers: LayerKind, precision: PrecisionConfig | None = None
 ) -> Rank:
     """Build one rank's chunks and its part of a checkpoint."""
-    ranks = parallel.tensor * parallel.pipeline
+    ranks = parallel.tensor * parallel.pipeline * parallel.context
     layout = check_layout(parallel, TrainingConfig(global_batch_size=8), encoder.num_layers, {}, ranks)
     backend = Backend(torch.device("meta"), layers, "fake")
-    with pretended_groups(layout, backend, rank), without_numbers():
+    with pretended_groups(layout, backend, rank), without_numbers((9, 0)):
         chunks = build_model(encoder, VOCAB_SIZE, layout, backend, torch.bfloat16, seed=0, precision=precision)
         parameters = {global_name(chunk, name): describe(p) for chunk in chunks for name, p in chunk.named_parameters()}
         leaves = [(part, leaf) for part, tree in sharded_state(chunks, None, is_loading=False).items() for leaf in flatten(tree)]
@@ -127,7 +128,7 @@ def test_te_layers_hold_and_save_what_the_local_ones_do(preset: str, layout: str
     encoder = dataclasses.replace(PRESETS[preset](), **VARIANTS[variant])
     parallel = fit(LAYOUTS[layout], encoder)
     saved: dict[str, list[tuple[int, ...]]] = {}
-    for rank in range(parallel.tensor * parallel.pipeline):
+    for rank in range(parallel.tensor * parallel.pipeline * parallel.context):
         local, te = (build_rank(encoder, parallel, rank, kind) for kind in ("local", "transformer_engine"))
         assert te.parameters == {fused(name): parameter for name, parameter in local.parameters.items()}
         assert te.tensors == local.tensors
@@ -151,7 +152,7 @@ def test_fp8_recipes_hold_and_save_what_bf16_does(preset: str, recipe: str, layo
     encoder = PRESETS[preset]()
     parallel = fit(LAYOUTS[layout], encoder)
     precision = PrecisionConfig(recipe=recipe)
-    for rank in range(parallel.tensor * parallel.pipeline):
+    for rank in range(parallel.tensor * parallel.pipeline * parallel.context):
         plain, fp8 = (build_rank(encoder, parallel, rank, "transformer_engine", p) for p in (None, precision))
         assert fp8 == plain
 
