@@ -43,9 +43,12 @@ def main() -> None:
     parser.add_argument("--reviews", type=Path, required=True, help="JSON Lines with text, label and split")
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=LEARNING_RATES, help="one is chosen on validation")
+    parser.add_argument("--training-reviews", type=int, default=TRAINING_REVIEWS, help=f"of each run (default: {TRAINING_REVIEWS})")
     arguments = parser.parse_args()
     models = dict(pair.split("=", 1) for pair in arguments.model)
-    jobs = [(*model, rate, seed, arguments.reviews) for model in models.items() for rate in LEARNING_RATES for seed in SEEDS]
+    data = (arguments.reviews, arguments.training_reviews)
+    jobs = [(*model, rate, seed, *data) for model in models.items() for rate in arguments.learning_rates for seed in SEEDS]
     with ProcessPoolExecutor(arguments.processes) as pool:
         runs = [pool.submit(finetune, *job) for job in jobs]
         results = [run.result() for run in tqdm(runs, desc="fine-tuning", unit="run")]
@@ -57,8 +60,8 @@ def main() -> None:
     print(as_table(summary), end="")
 
 
-def finetune(name: str, folder: str, learning_rate: float, seed: int, reviews: Path) -> Result:
-    """Train once on 4,000 reviews of the training split, with a linear warmup and decay."""
+def finetune(name: str, folder: str, learning_rate: float, seed: int, reviews: Path, count: int) -> Result:
+    """Train once on `count` reviews of the training split, with a linear warmup and decay."""
     import torch
     from transformers import get_linear_schedule_with_warmup
 
@@ -68,7 +71,7 @@ def finetune(name: str, folder: str, learning_rate: float, seed: int, reviews: P
     classifier = _classifier(folder)
     with open(reviews, encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    training = [row for row in rows if row["split"] == "train"][::2][:TRAINING_REVIEWS]
+    training = [row for row in rows if row["split"] == "train"][::2][:count]
     steps = EPOCHS * (len(training) // BATCH_SIZE)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
@@ -145,7 +148,8 @@ def summarize(results: list[Result]) -> list[Summary]:
 
     chosen = []
     for model in dict.fromkeys(result.model for result in results):
-        by_rate = {rate: [r for r in results if (r.model, r.learning_rate) == (model, rate)] for rate in LEARNING_RATES}
+        own = [result for result in results if result.model == model]
+        by_rate = {rate: [r for r in own if r.learning_rate == rate] for rate in dict.fromkeys(r.learning_rate for r in own)}
         rate, runs = max(by_rate.items(), key=lambda item: mean(run.validation for run in item[1]))
         tests = [run.test for run in runs]
         half = t.ppf(0.975, len(tests) - 1) * np.std(tests, ddof=1) / len(tests) ** 0.5
