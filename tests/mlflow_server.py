@@ -20,7 +20,7 @@ from mlflow.tracking import MlflowClient
 
 from megatron_ext.train.line_file import read_metrics
 
-SECONDS_TO_START = 90.0
+SECONDS_TO_START = 240.0
 
 
 class MlflowServer:

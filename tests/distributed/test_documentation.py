@@ -55,6 +55,7 @@ def shell(command: str, folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.timeout(1800)
 def test_the_commands_of_the_readme_run(workshop: Path) -> None:
     commands = [line for block in blocks(README, "bash") for line in block.replace("\\\n", "").strip().splitlines()]
     assert len(commands) >= 7

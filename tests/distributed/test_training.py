@@ -268,7 +268,7 @@ def refused(capfd: pytest.CaptureFixture, tree: dict[str, Any]) -> str:
     with pytest.raises(RuntimeError) as caught:
         run_on_ranks(run_training, 1, [tree])
     capfd.readouterr()
-    return next(line for line in str(caught.value).splitlines() if "UserError: " in line)
+    return next(line for line in str(caught.value).splitlines() if "UserError: " in line or "SharedError: " in line)
 
 
 def test_a_run_that_diverges_stops_before_it_saves(corpus: Corpus, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:

@@ -97,6 +97,7 @@ class EmptyReader:
         self.directory, self.record = directory, _read_record(directory)
         self.tensors: dict[str, Any] = {}
         self.optimizer_tensors: dict[str, Any] = {}
+        self.fp8_histories: dict[str, Any] = {}
 
 
 @pytest.fixture(autouse=True)
