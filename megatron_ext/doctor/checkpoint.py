@@ -226,7 +226,7 @@ def _check_tensors(checkpoint: Path, record: dict[str, Any], config: RunConfig |
 
 def _check_padding(record: dict[str, Any], found: Report) -> None:
     """The embedding's rows follow from the layout that the checkpoint was trained at."""
-    from megatron_ext.model.encoder import padded_vocab_size
+    from megatron_ext.model.presets import padded_vocab_size
 
     tensor, ids, rows = record["parallel"].get("tensor"), record["vocab_size"], record["padded_vocab_size"]
     padded = padded_vocab_size(ids, tensor) if isinstance(tensor, int) and tensor > 0 else None

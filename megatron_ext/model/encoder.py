@@ -13,7 +13,6 @@ from megatron_ext.model.attention import AttentionLayout
 from megatron_ext.model.head import LanguageModelHead
 from megatron_ext.model.layers import LayerKind, block_spec
 from megatron_ext.model.presets import EncoderConfig
-from megatron_ext.model.presets import padded_vocab_size as padded_vocab_size
 from megatron_ext.model.rotary import rotary_frequencies
 
 

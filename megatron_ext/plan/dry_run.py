@@ -19,7 +19,7 @@ from megatron_ext.checkpoint_files import read_run_file
 from megatron_ext.config import PrecisionConfig, RunConfig
 from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.errors import UserError
-from megatron_ext.model.encoder import padded_vocab_size
+from megatron_ext.model.presets import padded_vocab_size
 from megatron_ext.objective import OBJECTIVES, PhasePlan
 from megatron_ext.plan.communication import step_traffic
 from megatron_ext.plan.hardware import GPUS, Gpu

@@ -10,10 +10,10 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 
 from megatron_ext.config import PrecisionConfig, Recompute
-from megatron_ext.model.encoder import EncoderModel, padded_vocab_size
+from megatron_ext.model.encoder import EncoderModel
 from megatron_ext.model.initialization import initialize_parameters
 from megatron_ext.model.layers import transformer_config
-from megatron_ext.model.presets import EncoderConfig
+from megatron_ext.model.presets import EncoderConfig, padded_vocab_size
 from megatron_ext.runtime.backend import Backend
 from megatron_ext.runtime.precision import data_parallel_settings
 from megatron_ext.runtime.topology import Layout

@@ -13,8 +13,7 @@ from megatron_ext.data.dataset import Blend, dataset_fingerprint, open_blend
 from megatron_ext.data.loader import check_ids
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.errors import UserError, warn
-from megatron_ext.model.encoder import padded_vocab_size
-from megatron_ext.model.presets import EncoderConfig, build_encoder_config
+from megatron_ext.model.presets import EncoderConfig, build_encoder_config, padded_vocab_size
 from megatron_ext.objective import OBJECTIVES, PhasePlan, Vocabulary
 from megatron_ext.runtime.backend import Backend, check_overlap, choose_backend
 from megatron_ext.runtime.precision import check_precision, small_width_warning

@@ -22,8 +22,7 @@ def save_at_layouts(names: list[str], folder: Path, layouts: dict[str, Case]) ->
     from megatron.core import dist_checkpointing
 
     from megatron_ext.checkpoint_files import read_run_file
-    from megatron_ext.model.encoder import padded_vocab_size
-    from megatron_ext.model.presets import EncoderConfig
+    from megatron_ext.model.presets import EncoderConfig, padded_vocab_size
     from megatron_ext.train.build import build_model
     from megatron_ext.train.checkpoint import load_checkpoint, sharded_state
     from tests.distributed.models import start
