@@ -4,6 +4,7 @@ import sys
 
 from megatron_ext.config_reading import load_config
 from megatron_ext.errors import run_command
+from megatron_ext.quick_start import without_garbage_collection
 
 
 def main() -> int:
@@ -17,7 +18,8 @@ def main() -> int:
     from megatron_ext.runtime.capabilities import check_apex
 
     check_apex()  # before the next line imports megatron-core, and with it whatever is called apex
-    from megatron_ext.train.trainer import train
+    with without_garbage_collection():
+        from megatron_ext.train.trainer import train
 
     return train(config)
 

@@ -22,6 +22,8 @@ RUN_FILE = "run.json"
 FP8_HISTORY = "emulated_amax_history"
 """End of the name of a layer's FP8 history, the one tensor of a model that is no parameter: see `model.fp8_emulation`."""
 LARGEST_RUN_FILE = 2**26
+SUMMED_AT_ONCE = 2**24
+"""Bytes; `hashlib.file_digest` takes 256 KiB, and waits each time until other threads let it have the interpreter."""
 TOKENIZER_FOLDER = "tokenizer"
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILES = (
@@ -114,8 +116,12 @@ def check_links(checkpoint: Path) -> None:
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest, buffer = hashlib.sha256(), bytearray(SUMMED_AT_ONCE)
+    view = memoryview(buffer)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(view[:count])
+    return digest.hexdigest()
 
 
 def describe_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:

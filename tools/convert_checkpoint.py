@@ -17,6 +17,9 @@ from typing import Any
 
 from megatron_ext.errors import CommandLine, UserError, run_command, warn
 from megatron_ext.hf.families import FAMILIES
+from megatron_ext.hf.summed_files import begin_summing
+from megatron_ext.hf.verification_error import VerificationError
+from megatron_ext.quick_start import without_garbage_collection
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -82,30 +85,36 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Convert as the command line says. Returns 1 if the verification failed."""
     arguments = build_parser().parse_args()
-
-    # Imported here so that --help answers at once.
-    from transformers.utils import logging
-
-    from megatron_ext.hf.verify import VerificationError
-
-    logging.disable_progress_bar()
-    reference_logits = None
-    if arguments.verify:
-        from megatron_ext.train.checkpoint_logits import checkpoint_logits as reference_logits
     try:
-        return _COMMANDS[arguments.command](arguments, reference_logits)
+        return _COMMANDS[arguments.command](arguments)
     except VerificationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
-def _import(arguments: argparse.Namespace, reference_logits: Any) -> int:
-    from megatron_ext.hf.import_model import import_model
-    from megatron_ext.hf.stock_checkpoint import StockVerification
+def _reference_logits(arguments: argparse.Namespace) -> Any:
+    """The training code's forward pass, if there is to be a verification."""
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
+    if not arguments.verify:
+        return None
+    from megatron_ext.train.checkpoint_logits import checkpoint_logits
+
+    return checkpoint_logits
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    files = begin_summing(arguments.model_folder)
+    with without_garbage_collection():  # imported here so that --help answers at once
+        from megatron_ext.hf.import_model import import_model
+        from megatron_ext.hf.stock_checkpoint import StockVerification
+
+        reference_logits = _reference_logits(arguments)
     report = import_model(
         arguments.model_folder,
         arguments.checkpoint,
+        files=files,
         with_mask_token=arguments.add_mask_token,
         tokenizer=arguments.tokenizer,
         model_fields=_model_fields(arguments.model_config),
@@ -162,13 +171,16 @@ def _print_verification(checked: Any) -> None:
     print(f"token ids equal on {tokenizer.texts} texts and {tokenizer.cases} hard cases{but}")
 
 
-def _export(arguments: argparse.Namespace, reference_logits: Any) -> int:
+def _export(arguments: argparse.Namespace) -> int:
     _write_report(arguments.report, {})  # it is found out now if it cannot be written
+    with without_garbage_collection():
+        import torch
+
+        from megatron_ext.hf.export import export_checkpoint
+
+        reference_logits = _reference_logits(arguments)
     if arguments.hub:
         return _export_run(arguments, reference_logits)
-    import torch
-
-    from megatron_ext.hf.export import export_checkpoint
 
     report = export_checkpoint(
         arguments.checkpoint,

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_ext.checkpoint_files import FP8_HISTORY, inside, read_run_file
 from megatron_ext.errors import UserError, one_line
+from megatron_ext.hf.mapped_tensor import load_mapped
 from megatron_ext.model.presets import EncoderConfig
 from megatron_ext.unpickling import refuse_foreign_code
 
@@ -51,7 +51,7 @@ class TensorInfo:
 class CheckpointReader:
     """A checkpoint directory `step_00001000/` in megatron's torch_dist format plus run.json.
 
-    The tensor files are read with `torch.load`, tensors only, by an index that was looked through.
+    The tensor files are read as `torch.load` does, tensors only, by an index that was looked through.
     """
 
     def __init__(self, directory: Path):
@@ -69,7 +69,7 @@ class CheckpointReader:
         self.optimizer_tensors = self._tensors(of_optimizer=True)
 
     def read(self, key: str) -> Tensor:
-        """Load one whole tensor onto the CPU, in its stored dtype.
+        """One whole tensor on the CPU, in its stored dtype; a view of the file if one part of it holds all.
 
         Raises:
             UserError: the files that hold it are missing or damaged.
@@ -91,8 +91,7 @@ class CheckpointReader:
         stored = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
         path = self.directory / stored.relative_path
         try:
-            with open(path, "rb") as file:
-                part = torch.load(_create_file_view(file, stored.offset, stored.length), map_location="cpu", weights_only=True)
+            part = load_mapped(path, stored.offset, stored.length)
         except Exception as error:  # a damaged archive raises anything
             raise UserError(f"checkpoint {self.directory}: tensor {key} cannot be read ({one_line(error)})") from error
         if not isinstance(part, Tensor) or part.shape != chunk.sizes or part.dtype != info.dtype:

@@ -18,6 +18,7 @@ from torch.futures import Future
 from torch.utils.serialization import config
 
 from megatron_ext.hf.hashed_file import HashedFile
+from megatron_ext.hf.one_ahead import one_ahead
 
 TENSOR_FILE, COMMON_FILE, BACKEND_FILE = "__0_0.distcp", "common.pt", "metadata.json"
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
@@ -35,7 +36,7 @@ class LazyTensor:
 
 
 def write_tensors(folder: Path, tensors: list[LazyTensor]) -> dict[str, dict[str, int | str]]:
-    """Write tensors and the files that megatron wants beside them; memory holds one tensor at a time.
+    """Write tensors and the files that megatron wants beside them; memory holds two tensors at a time.
 
     Args:
         folder: an existing, empty directory.
@@ -87,11 +88,12 @@ class _Writer(FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results = []
         with HashedFile(self._folder / TENSOR_FILE) as file:
-            for item in plan.items:
+            for item, data in one_ahead((item, planner.resolve_data(item)) for item in plan.items):
                 start = file.tell()
                 # Sums of the archive's entries, which nothing reads, would cost a pass over the tensor.
                 with config.patch("save.compute_crc32", False):
-                    torch.save(planner.resolve_data(item), file)
+                    torch.save(data, file)
+                del data  # before the next but one is made
                 stored = _StorageInfo(TENSOR_FILE, start, file.tell() - start)
                 results.append(WriteResult(item.index, stored.length, stored))
         self.written[TENSOR_FILE] = file.description

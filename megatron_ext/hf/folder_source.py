@@ -11,6 +11,7 @@ from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import UserError
 from megatron_ext.hf.import_config import read_config
 from megatron_ext.hf.mask_token import copy_tokenizer
+from megatron_ext.hf.summed_files import SummedFiles
 from megatron_ext.hf.verify import ReferenceLogits, VerificationReport, verify_import
 from megatron_ext.hf.weight_map import Mapping, is_vocabulary
 from megatron_ext.hf.weight_source import WeightSource
@@ -22,15 +23,19 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float32}
 class FolderSource:
     """A Hugging Face model folder, as the source of an import (see `import_model.Source`)."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, files: SummedFiles | None = None):
         """Read the configuration and the headers of the weight files.
+
+        Args:
+            folder: of the model.
+            files: its weight files, if they have been found already.
 
         Raises:
             UserError: the model is none that can be represented, or a file is missing or damaged.
         """
         self.folder = folder
         self.config = read_config(folder)
-        self._weights = WeightSource(folder)
+        self._weights = WeightSource(folder, files)
         self.origin = {"source": "hugging face", "base_model": self.config.base_model}
 
     def copy_tokenizer(self, target: Path) -> Path:
@@ -40,7 +45,7 @@ class FolderSource:
 
     def sums(self) -> dict[str, str]:
         """See `import_model.Source`."""
-        return {"config.json": sha256(self.folder / "config.json"), **self._weights.sums()}
+        return {"config.json": sha256(self.folder / "config.json"), **self._weights.files.sums()}
 
     def check(self, mappings: list[Mapping]) -> None:
         """See `import_model.Source`."""
@@ -70,6 +75,7 @@ class FolderSource:
 
     def read(self, mapping: Mapping) -> Tensor:
         """See `import_model.Source`."""
+        self._weights.files.start()  # while they are in memory because their tensors are being read
         parts = tuple(self._weights.read(name).to(self.dtype(mapping)) for name in mapping.hf_names)
         return parts[0] if is_vocabulary(mapping) else mapping.from_hf(parts)
 

@@ -5,10 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
+from megatron_ext.block_writing import write_blocks
+
 LARGE = 2**20
 """Bytes from which on a second thread is worth waking."""
 BLOCK = 2**26
-"""Bytes that are summed and written at a time."""
+"""Bytes that are summed while they are written."""
 
 
 class HashedFile:
@@ -68,7 +70,7 @@ class HashedFile:
         else:
             summed = self._hasher.submit(self._digest.update, block)
             try:
-                self._file.write(block)
+                write_blocks(self._file, block)
             finally:
                 summed.result()
         self._size += len(block)

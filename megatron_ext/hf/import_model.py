@@ -18,6 +18,7 @@ from megatron_ext.hf.import_record import write_record
 from megatron_ext.hf.mask_token import MaskToken, add_mask_token, check_ids
 from megatron_ext.hf.output_folder import check_destination, published_when_complete
 from megatron_ext.hf.stock_checkpoint import StockSource, StockVerification, is_stock_checkpoint
+from megatron_ext.hf.summed_files import SummedFiles
 from megatron_ext.hf.verify import ReferenceLogits, VerificationReport
 from megatron_ext.hf.weight_map import Mapping, build_mappings, is_vocabulary
 
@@ -72,6 +73,7 @@ def import_model(
     with_mask_token: bool = False,
     tokenizer: Path | None = None,
     model_fields: dict[str, Any] | None = None,
+    files: SummedFiles | None = None,
     reference_logits: ReferenceLogits | None = None,
 ) -> ImportReport:
     """Turn a model into a checkpoint. Nothing is fetched, no code of it is run.
@@ -83,6 +85,7 @@ def import_model(
         with_mask_token: give the tokenizer a mask token if it has none.
         tokenizer: of a megatron checkpoint, which holds none: a SentencePiece file or a folder.
         model_fields: shape of a megatron checkpoint that does not say it: fields of `ModelConfig`.
+        files: the weight files of a Hugging Face folder, if they are being summed already.
         reference_logits: the training code's forward pass, to verify with; None leaves verification out.
 
     Raises:
@@ -90,7 +93,7 @@ def import_model(
         VerificationError: the checkpoint is not the model; nothing is left at `checkpoint`.
     """
     check_destination(checkpoint)
-    source = _open(folder, tokenizer, model_fields)
+    source = _open(folder, tokenizer, model_fields, files)
     with published_when_complete(checkpoint) as aside:
         path = source.copy_tokenizer(aside / TOKENIZER_FOLDER)
         check_ids(source.folder, load_tokenizer(path), source.config.vocab_size)
@@ -108,7 +111,7 @@ def import_model(
     return ImportReport(checkpoint, architecture, parameters, source.dtype(mappings[0]), vocab_size, mask, verification)
 
 
-def _open(folder: Path, tokenizer: Path | None, model_fields: dict[str, Any] | None) -> Source:
+def _open(folder: Path, tokenizer: Path | None, model_fields: dict[str, Any] | None, files: SummedFiles | None) -> Source:
     if is_stock_checkpoint(folder):
         if tokenizer is None:
             raise UserError(f"checkpoint {folder} of megatron holds no tokenizer: name it with --tokenizer PATH")
@@ -116,7 +119,7 @@ def _open(folder: Path, tokenizer: Path | None, model_fields: dict[str, Any] | N
     for option, value in (("--tokenizer", tokenizer), ("--model-config", model_fields)):
         if value is not None:
             raise UserError(f"{option} is for megatron checkpoints: {folder} has, or lacks, its own as a Hugging Face folder")
-    return FolderSource(folder)
+    return FolderSource(folder, files)
 
 
 def _tokenizer(path: Path, with_mask_token: bool) -> tuple[Tokenizer, MaskToken | None]:

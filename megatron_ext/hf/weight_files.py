@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ext.block_writing import write_blocks
 from megatron_ext.errors import UserError
 from megatron_ext.hf.checkpoint_reader import CheckpointReader
 from megatron_ext.hf.finite import all_finite
+from megatron_ext.hf.one_ahead import one_ahead
 from megatron_ext.hf.weight_map import Mapping
 
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -62,7 +64,7 @@ def write_weights(
     dtype: torch.dtype,
     largest_file: int,
 ) -> tuple[str, ...]:
-    """Write the weights as safetensors, with an index if they fill more than one file. Memory holds one tensor at a time.
+    """Write the weights as safetensors, with an index if they fill more than one file. Memory holds two tensors at a time.
 
     Returns:
         The names of the weight files.
@@ -112,9 +114,10 @@ def write_safetensors(
     waiting = iter(shapes.items())
     with open(path, "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in tensors:
+        for name, tensor in one_ahead(tensors):
             assert (name, tuple(tensor.shape)) == next(waiting) and tensor.dtype == dtype, name
-            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            write_blocks(file, memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+            del tensor  # before the next but one is made
         assert next(waiting, None) is None, path
 
 

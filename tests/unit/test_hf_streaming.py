@@ -61,7 +61,7 @@ def test_the_source_reads_what_safetensors_wrote(dtype: torch.dtype, tmp_path: P
         read.zero_()  # a private view: the file stays as it is
     assert source.read("empty").shape == (0, 3)
     assert (tmp_path / "model.safetensors").read_bytes() == before
-    assert source.sums() == {"model.safetensors": hashlib.sha256(before).hexdigest()}
+    assert source.files.sums() == {"model.safetensors": hashlib.sha256(before).hexdigest()}
 
 
 def test_a_source_that_becomes_shorter_is_one_line(tmp_path: Path) -> None:
@@ -179,5 +179,5 @@ def test_memory_does_not_grow_with_the_model(large_model: tuple[Path, int], tmp_
     assert before.shapes.keys() == after.shapes.keys()
     assert [name for name in before.shapes if not torch.equal(before.read(name), after.read(name))] == []
     record = read_run_file(tmp_path / "large-checkpoint")
-    assert record["imported"]["files"].items() >= before.sums().items()
+    assert record["imported"]["files"].items() >= before.files.sums().items()
     assert find_damage(tmp_path / "large-checkpoint") == {}
