@@ -4,7 +4,7 @@ import sys
 
 from megatron_ext.config_reading import load_config
 from megatron_ext.errors import run_command
-from megatron_ext.quick_start import without_garbage_collection
+from megatron_ext.runtime.quick_start import without_garbage_collection
 
 
 def main() -> int:
@@ -16,9 +16,11 @@ def main() -> int:
         print_config(config)
         return 0
     from megatron_ext.runtime.capabilities import check_apex
+    from megatron_ext.runtime.compiler import leave_out_compiler
 
     check_apex()  # before the next line imports megatron-core, and with it whatever is called apex
     with without_garbage_collection():
+        leave_out_compiler()
         from megatron_ext.train.trainer import train
 
     return train(config)

@@ -19,7 +19,7 @@ from megatron_ext.errors import CommandLine, UserError, run_command, warn
 from megatron_ext.hf.families import FAMILIES
 from megatron_ext.hf.summed_files import begin_summing
 from megatron_ext.hf.verification_error import VerificationError
-from megatron_ext.quick_start import without_garbage_collection
+from megatron_ext.runtime.quick_start import without_garbage_collection
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -16,10 +16,10 @@ from megatron_ext.runtime.capabilities import (
     Apex,
     architecture,
     find_apex,
-    has_fp8_units,
     installed_version,
     is_there,
     refusal_of,
+    trains_fp8,
     transformer_engine_problem,
 )
 
@@ -136,7 +136,7 @@ def _gpus() -> list[dict[str, Any]]:
                 "memory_bytes": properties.total_memory,
                 "compute_capability": list(capability),
                 "architecture": architecture(capability),
-                "fp8_units": has_fp8_units(capability),
+                "trains_fp8": trains_fp8(capability),
             }
         )
     return found
@@ -146,9 +146,9 @@ def _fp8(gpus: list[dict[str, Any]], engine_problem: str | None) -> dict[str, An
     """Whether FP8 matrices can be multiplied here, and if not, why."""
     if not gpus:
         reason = "there is no GPU"
-    elif not all(gpu["fp8_units"] for gpu in gpus):
-        gpu = next(gpu for gpu in gpus if not gpu["fp8_units"])
-        reason = f"{gpu['name']} is {gpu['architecture']}: FP8 begins with Ada Lovelace and Hopper"
+    elif not all(gpu["trains_fp8"] for gpu in gpus):
+        gpu = next(gpu for gpu in gpus if not gpu["trains_fp8"])
+        reason = f"{gpu['name']} is {gpu['architecture']}: FP8 recipes need Hopper or newer"
     else:
         reason = f"Transformer Engine is missing ({engine_problem})" if engine_problem else None
     return {"possible": reason is None, "reason": reason}

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
-from megatron_ext.block_writing import write_blocks
+from megatron_ext.hf.block_writing import write_blocks
 
 LARGE = 2**20
 """Bytes from which on a second thread is worth waking."""

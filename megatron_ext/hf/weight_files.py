@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ext.block_writing import write_blocks
 from megatron_ext.errors import UserError
+from megatron_ext.hf.block_writing import write_blocks
 from megatron_ext.hf.checkpoint_reader import CheckpointReader
 from megatron_ext.hf.finite import all_finite
 from megatron_ext.hf.one_ahead import one_ahead

@@ -21,7 +21,6 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.nn.attention.bias import causal_lower_right
 
 from megatron_ext.data.batch import Keys, MicroBatch
 
@@ -137,5 +136,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
         key, value = (tensor.repeat_interleave(repeats, dim=2) for tensor in (key, value))
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     is_cut = causal and query.shape[2] < key.shape[2]
-    mask = causal_lower_right(query.shape[2], key.shape[2]) if is_cut else None
+    mask = None
+    if is_cut:
+        from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler, which takes half a second
+
+        mask = causal_lower_right(query.shape[2], key.shape[2])
     return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal and not is_cut).transpose(1, 2)

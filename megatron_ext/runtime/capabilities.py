@@ -20,8 +20,8 @@ ARCHITECTURES = {(7, 0): "Volta", (7, 5): "Turing", (8, 0): "Ampere", (8, 6): "A
 """GPU generations by compute capability, where the major number alone does not say it."""
 GENERATIONS = {5: "Maxwell", 6: "Pascal", 7: "Volta", 8: "Ampere", 9: "Hopper", 10: "Blackwell", 11: "Blackwell", 12: "Blackwell"}
 
-FP8_CAPABILITY = (8, 9)
-"""First compute capability with FP8 matrix units."""
+FP8_CAPABILITY = (9, 0)
+"""First compute capability on which FP8 is trained. Ada Lovelace (8.9) multiplies FP8, but lacks most of the recipes' kernels."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,6 @@ def architecture(capability: tuple[int, int]) -> str:
     return ARCHITECTURES.get(capability) or GENERATIONS.get(capability[0], "unknown")
 
 
-def has_fp8_units(capability: tuple[int, int]) -> bool:
-    """Whether a GPU multiplies FP8 matrices."""
+def trains_fp8(capability: tuple[int, int]) -> bool:
+    """Whether an FP8 recipe can run on a GPU."""
     return capability >= FP8_CAPABILITY

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT = 240.0
-PRELOADED = ["megatron.core.dist_checkpointing", "megatron.core.optimizer", "megatron.core.pipeline_parallel"]
+PRELOADED = [
+    "megatron_ext.runtime.without_compiler",
+    *("megatron.core.dist_checkpointing", "megatron.core.optimizer", "megatron.core.pipeline_parallel"),
+]
 """Imported once for all ranks that see no GPU: it takes longer than most of what runs on them."""
 
 

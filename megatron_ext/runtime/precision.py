@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 from megatron_ext.config import PrecisionConfig
 from megatron_ext.errors import UserError
+from megatron_ext.runtime.capabilities import FP8_CAPABILITY
 from megatron_ext.runtime.topology import Layout
 
 SMALL_WIDTH = 2560
@@ -34,9 +35,9 @@ class Fp8Recipe:
 
 
 FP8_RECIPES = {
-    "fp8-delayed": Fp8Recipe("delayed", "hybrid", 16, ((9, 0), None), "Hopper (9.0) or newer"),
-    "fp8-tensorwise": Fp8Recipe("tensorwise", "hybrid", 16, ((9, 0), None), "Hopper (9.0) or newer"),
-    "fp8-blockwise": Fp8Recipe("blockwise", "e4m3", 128, ((9, 0), None), "Hopper (9.0) or newer"),
+    "fp8-delayed": Fp8Recipe("delayed", "hybrid", 16, (FP8_CAPABILITY, None), "Hopper (9.0) or newer"),
+    "fp8-tensorwise": Fp8Recipe("tensorwise", "hybrid", 16, (FP8_CAPABILITY, None), "Hopper (9.0) or newer"),
+    "fp8-blockwise": Fp8Recipe("blockwise", "e4m3", 128, (FP8_CAPABILITY, None), "Hopper (9.0) or newer"),
     "mxfp8": Fp8Recipe("mxfp8", "e4m3", 32, ((10, 0), (12, 0)), "data-center Blackwell (10.x, 11.x)"),
 }
 

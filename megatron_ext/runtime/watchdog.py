@@ -29,7 +29,9 @@ from megatron_ext.runtime.patience import Patience
 
 STORE_TIMEOUT = timedelta(seconds=10)
 SECONDS_AT_END = 10.0
-"""What `Watchdog.at_end` may take."""
+"""What `Watchdog.at_end` may take, and how long a rank waits for the one that tells."""
+TOLD = "told"
+"""Key in the store: the culprit has been named."""
 COMMUNICATION = ("torch/distributed/", "tensor_parallel/mappings.py", "p2p_communication.py", "param_and_grad_buffer.py")
 """Parts of the paths of code, torch's and megatron's, in which a rank waits for others: its innermost frame is there."""
 
@@ -85,7 +87,7 @@ class Watchdog:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stopped.set()
         # It may be waiting for the store, or about to end the process; both take no longer than this.
-        self._thread.join(3 * self._patience.seconds + 4 * self._interval + SECONDS_AT_END)
+        self._thread.join(5 * self._patience.seconds + 5 * self._interval + 2 * SECONDS_AT_END)
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._interval):
@@ -97,14 +99,23 @@ class Watchdog:
                     self._end(word, speaker)
 
     def _end(self, word: str, speaker: int) -> None:
-        """The speaker tells; all stay until the others have read its reports, too, for the first exit ends everything."""
-        if self._rank == speaker:
-            say(f"error: no progress for {self._timeout:.0f} s (training.timeout_minutes): {word}")
+        """The speaker tells; all stay until it has, and the others have read its reports: the first exit ends everything."""
         ending = threading.Thread(target=self.at_end, daemon=True)
         ending.start()
+        if self._rank == speaker:
+            say(f"error: no progress for {self._timeout:.0f} s (training.timeout_minutes): {word}")
+            with contextlib.suppress(RuntimeError, OSError):
+                self._patience.call(lambda: self._store.set(TOLD, ""))
         time.sleep(4 * self._interval)
+        self._wait_until_told()
         ending.join(SECONDS_AT_END)
         os._exit(self._exit_code)  # the main thread is inside a collective and cannot be interrupted
+
+    def _wait_until_told(self) -> None:
+        end = time.monotonic() + SECONDS_AT_END
+        with contextlib.suppress(RuntimeError, OSError):  # rank 0 does not answer: then there is nobody to wait for
+            while not self._patience.call(lambda: self._store.check([TOLD])) and time.monotonic() < end:
+                time.sleep(self._interval)
 
     def _report_quietly(self) -> None:
         with contextlib.suppress(RuntimeError, OSError):  # rank 0 does not answer: `_find_culprit` says so when it matters

@@ -4,6 +4,7 @@ import contextlib
 import io
 import multiprocessing
 import os
+import pickle
 import threading
 import time
 from collections.abc import Iterator
@@ -55,6 +56,22 @@ def common_state_is_missing(folder: Path) -> bool:
     return megatron_versions.common_writer() is not None and not (folder / COMMON_FILE).is_file()
 
 
+class _Results:
+    """The queue that megatron's writers report to: bytes to the manager process, so that it need not import torch for them.
+
+    That would take seconds of the first save, and some hundred megabytes for each rank.
+    """
+
+    def __init__(self, manager: SyncManager):
+        self._manager, self._queue = manager, manager.Queue()  # the queue goes when its manager does
+
+    def put(self, item: Any) -> None:
+        self._queue.put(pickle.dumps(item))
+
+    def get_nowait(self) -> Any:
+        return pickle.loads(self._queue.get_nowait())  # from our own writer, through a process of our own
+
+
 def patch_results_queue() -> None:
     """megatron's writers report to a manager process, which would outlive a trainer that is killed: ours ends with it."""
     writer, name = megatron_versions.results_queue()
@@ -63,8 +80,7 @@ def patch_results_queue() -> None:
         if writer._results_queue is None:
             manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
             manager.start(end_with_parent)
-            writer._results_queue = manager.Queue()
-            writer._results_queue.manager = manager  # the queue goes when its manager does
+            writer._results_queue = _Results(manager)
         return writer._results_queue
 
     setattr(writer, name, results_queue)

@@ -50,8 +50,10 @@ def test_a_second_run_in_the_same_folder_is_refused(corpus: Corpus, tmp_path: Pa
     tree["phases"] = [{"objective": "clm", "steps": 100_000}]
     with Job(tree, tmp_path) as first:
         first.wait_until(lambda: "step 2/" in first.text, "step 2")
+        first.process.send_signal(signal.SIGSTOP)  # it leaves the cores to the second
         with Job(tree, tmp_path, "--standalone", "--nproc-per-node", "2") as second:
             assert second.wait() != 0
+        first.process.send_signal(signal.SIGCONT)
         assert f"is in use by process {first.process.pid} on" in second.text
         assert "exitcode  : 2" in second.text, second.text
         first.process.send_signal(signal.SIGTERM)

@@ -62,6 +62,7 @@ def kill_in_mid_run(dying: Job, staying: Job) -> None:
     assert staying.last_step() < STEPS
 
 
+@pytest.mark.slow
 def test_a_node_that_is_killed_and_started_again(corpus: Corpus, undisturbed: dict[str, str], tmp_path: Path) -> None:
     """It has rank 0, and so the store of the ranks and the lock of the folder, but not the rendezvous."""
     tree, port = tree_of(corpus, tmp_path / "run"), free_port()

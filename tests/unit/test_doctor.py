@@ -21,7 +21,7 @@ from megatron_ext.doctor.equivalence import TOLERANCES, compare, parse_layout
 from megatron_ext.doctor.report import Report
 from megatron_ext.doctor.text import Painter, printable, render, width
 from megatron_ext.errors import UserError
-from megatron_ext.runtime.capabilities import architecture, check_apex, find_apex, has_fp8_units
+from megatron_ext.runtime.capabilities import architecture, check_apex, find_apex, trains_fp8
 from tests.conftest import Corpus
 
 ROOT = Path(__file__).parents[2]
@@ -119,11 +119,11 @@ def test_a_folder_called_apex_without_code_is_foreign(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize(
     "capability, name, fp8",
-    [((7, 0), "Volta", False), ((8, 0), "Ampere", False), ((8, 9), "Ada Lovelace", True), ((9, 0), "Hopper", True)]
+    [((7, 0), "Volta", False), ((8, 0), "Ampere", False), ((8, 9), "Ada Lovelace", False), ((9, 0), "Hopper", True)]
     + [((10, 0), "Blackwell", True), ((12, 0), "Blackwell", True), ((6, 1), "Pascal", False), ((99, 0), "unknown", True)],
 )
 def test_gpu_generations(capability: tuple[int, int], name: str, fp8: bool) -> None:
-    assert (architecture(capability), has_fp8_units(capability)) == (name, fp8)
+    assert (architecture(capability), trains_fp8(capability)) == (name, fp8)
 
 
 def test_machine_report_says_what_will_run(monkeypatch: pytest.MonkeyPatch) -> None:
