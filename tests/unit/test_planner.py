@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scipy.optimize import minimize
@@ -39,7 +40,9 @@ from megatron_ext.plan.search import Search, search
 from megatron_ext.plan.speed import predict
 from megatron_ext.plan.targets import predict_targets
 from megatron_ext.plan.workload import Shape, Workload
+from megatron_ext.runtime.backend import expected_backend
 from megatron_ext.runtime.topology import check_layout
+from megatron_ext.train.preflight import check_structure
 
 ROOT = Path(__file__).parents[2]
 H100 = GPUS["h100"]
@@ -263,6 +266,12 @@ def found() -> Search:
     return search(run_config(), VOCABULARY, 16, H100)
 
 
+def as_run(config: RunConfig, sections: dict[str, dict[str, Any]]) -> RunConfig:
+    """The run with what the planner told its user to set."""
+    changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    return dataclasses.replace(config, **changed)
+
+
 @pytest.mark.parametrize("preset, gpus, gpu", [("210m", 8, "h100"), ("2b", 8, "a100"), ("1b", 256, "h100"), ("2b", 64, "b200")])
 def test_everything_recommended_can_be_run(preset: str, gpus: int, gpu: str) -> None:
     config = run_config(preset)
@@ -279,6 +288,7 @@ def test_everything_recommended_can_be_run(preset: str, gpus: int, gpu: str) -> 
             assert needed <= GPUS[gpu].memory
         if not GPUS[gpu].fp8_peak:
             assert not candidate.precision.is_fp8
+        check_structure(as_run(config, settings(result, candidate)), gpus, expected_backend("auto", GPUS[gpu].capability))
 
 
 def test_order_and_ties(found: Search) -> None:
