@@ -207,7 +207,7 @@ def _check_tensors(checkpoint: Path, record: dict[str, Any], config: RunConfig |
     from megatron_ext.hf.weight_map import build_mappings
 
     try:
-        reader = CheckpointReader(checkpoint)
+        reader = CheckpointReader(checkpoint, mapped=False)
     except UserError as error:
         found.problems.append(str(error))
         return

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from megatron_ext.checkpoint_files import FP8_HISTORY, inside, read_run_file
 from megatron_ext.errors import UserError, one_line
-from megatron_ext.hf.mapped_tensor import load_mapped
+from megatron_ext.hf.mapped_tensor import load_mapped, open_part
 from megatron_ext.model.presets import EncoderConfig
 from megatron_ext.unpickling import refuse_foreign_code
 
@@ -54,13 +54,17 @@ class CheckpointReader:
     The tensor files are read as `torch.load` does, tensors only, by an index that was looked through.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, mapped: bool = True):
         """Read run.json and the list of tensors.
+
+        Args:
+            directory: of the checkpoint.
+            mapped: tensors are views of the file where that is possible: quick, but a disk that errs ends the process.
 
         Raises:
             UserError: the directory is no complete checkpoint, or one that holds code or what this version does not read.
         """
-        self.directory = directory
+        self.directory, self._mapped = directory, mapped
         self.record = _read_record(directory)
         self._metadata = refuse_foreign_code(directory)
         others = self._tensors(of_optimizer=False)
@@ -91,7 +95,11 @@ class CheckpointReader:
         stored = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
         path = self.directory / stored.relative_path
         try:
-            part = load_mapped(path, stored.offset, stored.length)
+            if self._mapped:
+                part = load_mapped(path, stored.offset, stored.length, info.dtype)
+            else:
+                with open_part(path, stored.offset, stored.length) as archive:
+                    part = torch.load(archive, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged archive raises anything
             raise UserError(f"checkpoint {self.directory}: tensor {key} cannot be read ({one_line(error)})") from error
         if not isinstance(part, Tensor) or part.shape != chunk.sizes or part.dtype != info.dtype:

@@ -6,12 +6,17 @@ import mmap
 import struct
 import sys
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+MAPPED = {torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2} | {
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+}
+"""Numbers that are what their bytes say."""
 LOCAL_HEADER = 30
 """Bytes of an entry of a zip archive before its name; the lengths of the name and of what follows it are the last four of them."""
 
@@ -37,52 +42,78 @@ def map_tensor(path: Path, start: int, dtype: torch.dtype, shape: tuple[int, ...
     return torch.frombuffer(mapped, dtype=dtype, count=count, offset=start - page).view(shape)
 
 
-def load_mapped(path: Path, start: int, length: int) -> object:
-    """What `torch.load` finds in an archive, tensors only; a plain tensor is not read but mapped.
+def load_mapped(path: Path, start: int, length: int, dtype: torch.dtype) -> object:
+    """What `torch.load` finds in an archive, tensors only; a plain tensor of the dtype is not read but mapped.
 
     Args:
         path: of the file that the archive lies in.
         start: of the archive in it.
         length: of the archive, in bytes.
+        dtype: that is expected.
 
     Raises:
         Exception: of any kind, if the archive is damaged.
     """
-    with open(path, "rb", buffering=0) as file, io.BufferedReader(_Part(file, start, length)) as archive:
-        return _load(path, start, archive)
-
-
-def _load(path: Path, start: int, archive: BinaryIO) -> object:
-    place = _place_of_numbers(archive)
-    archive.seek(0)
-    if place is not None:
-        with torch.serialization.skip_data():
-            found = torch.load(archive, map_location="cpu", weights_only=True)
-        size = found.numel() * found.itemsize if isinstance(found, Tensor) else None
-        if size == place[1] and found.is_contiguous() and type(found) is Tensor and found.device.type == "cpu":
-            return map_tensor(path, start + place[0], found.dtype, tuple(found.shape))
+    with open_part(path, start, length) as archive:
+        place = _place_of_numbers(archive, length) if dtype in MAPPED else None
+        if place is not None:
+            archive.seek(0)
+            with torch.serialization.skip_data():
+                found = torch.load(archive, map_location="cpu", weights_only=True)
+            if _is_plain(found, dtype, place.size):
+                return map_tensor(path, start + place.first_byte, dtype, tuple(found.shape))
         archive.seek(0)
-    return torch.load(archive, map_location="cpu", weights_only=True)
+        return torch.load(archive, map_location="cpu", weights_only=True)
 
 
-def _place_of_numbers(archive: BinaryIO) -> tuple[int, int] | None:
-    """First byte in the archive and number of bytes of its only storage; None if it has several, or stores it in its own way."""
+def open_part(path: Path, start: int, length: int) -> BinaryIO:
+    """A part of a file, opened as if it were one."""
+    return io.BufferedReader(_Part(open(path, "rb", buffering=0), start, length))
+
+
+def _is_plain(found: object, dtype: torch.dtype, size: int) -> bool:
+    """Whether a tensor is its storage of `size` bytes, number by number."""
+    if type(found) is not Tensor or found.layout != torch.strided or found.is_quantized or found.is_neg() or found.is_conj():
+        return False
+    return (
+        (found.dtype, found.storage_offset(), found.numel() * found.itemsize) == (dtype, 0, size)
+        and found.is_contiguous()
+        and found.untyped_storage().nbytes() == size
+    )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an entry's content lies in an archive."""
+
+    first_byte: int
+    size: int
+
+
+def _place_of_numbers(archive: BinaryIO, length: int) -> _Place | None:
+    """Of an archive's only storage; None if it has several, or stores it in its own way."""
     with zipfile.ZipFile(archive) as entries:
         found = {entry.filename.partition("/")[2]: entry for entry in entries.infolist()}
     storages = [entry for name, entry in found.items() if name.startswith("data/")]
-    if "byteorder" not in found or len(storages) != 1 or storages[0].compress_type != zipfile.ZIP_STORED:
+    if "byteorder" not in found or len(storages) != 1:
         return None
-    archive.seek(_first_byte(archive, found["byteorder"]))  # not through `zipfile`, for what we write has no sums of entries
-    if archive.read(found["byteorder"].file_size) != sys.byteorder.encode():
+    order, numbers = (_place_of(archive, length, entry) for entry in (found["byteorder"], *storages))
+    if order is None or numbers is None:
         return None
-    return _first_byte(archive, storages[0]), storages[0].file_size
+    archive.seek(order.first_byte)  # not through `zipfile`, for what we write has no sums of entries
+    return numbers if archive.read(order.size) == sys.byteorder.encode() else None
 
 
-def _first_byte(archive: BinaryIO, entry: zipfile.ZipInfo) -> int:
-    """Of an entry's content."""
-    archive.seek(entry.header_offset + LOCAL_HEADER - 4)
-    name, extra = struct.unpack("<HH", archive.read(4))
-    return entry.header_offset + LOCAL_HEADER + name + extra
+def _place_of(archive: BinaryIO, length: int, entry: zipfile.ZipInfo) -> _Place | None:
+    """None if the entry is compressed, or its own header is not what the archive's index says."""
+    archive.seek(entry.header_offset)
+    header = archive.read(LOCAL_HEADER)
+    if entry.compress_type != zipfile.ZIP_STORED or len(header) < LOCAL_HEADER or not header.startswith(b"PK\x03\x04"):
+        return None
+    name, extra = struct.unpack("<HH", header[-4:])
+    place = _Place(entry.header_offset + LOCAL_HEADER + name + extra, entry.file_size)
+    is_inside = place.first_byte + place.size <= length
+    return place if is_inside and archive.read(name) == entry.orig_filename.encode() else None
 
 
 class _Part(io.RawIOBase):
@@ -91,6 +122,10 @@ class _Part(io.RawIOBase):
     def __init__(self, file: io.RawIOBase, start: int, length: int):
         self._file, self._start, self._length = file, start, length
         self._position = 0
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
     def readable(self) -> bool:
         return True

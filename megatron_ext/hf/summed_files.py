@@ -26,7 +26,7 @@ class SummedFiles:
         """
         self.paths = find_weight_files(folder)
         self._found: dict[str, str] = {}
-        self._error: OSError | None = None
+        self._error: str | None = None
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -44,14 +44,16 @@ class SummedFiles:
         self.start()
         self._thread.join()
         if self._error is not None:
-            raise UserError(f"{self._error.filename} cannot be read ({self._error.strerror})")
+            raise UserError(self._error)
         return self._found
 
     def _run(self) -> None:
-        try:
-            self._found = {path.name: sha256(path) for path in self.paths}
-        except OSError as error:
-            self._error = error
+        for path in self.paths:
+            try:
+                self._found[path.name] = sha256(path)
+            except Exception as error:  # the thread has nobody else to tell
+                self._error = f"{path} cannot be read ({one_line(error)})"
+                return
 
 
 def begin_summing(folder: Path) -> SummedFiles | None:

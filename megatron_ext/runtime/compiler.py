@@ -8,14 +8,20 @@ JIT = "megatron.core.jit"
 
 
 def leave_out_compiler() -> None:
-    """On a machine without a GPU, import megatron-core without Inductor. Call it before megatron-core is imported.
-
-    megatron-core hands some forty functions to `torch.compile` while it is imported, and the first of them imports the compiler.
-    They are fused kernels for a GPU; on a CPU the few that are called at all run as they are written.
-    """
+    """On a machine without a GPU, import megatron-core without Inductor. Call it before megatron-core is imported."""
     import torch
 
-    if torch.cuda.is_available() or JIT in sys.modules:
+    if not torch.cuda.is_available():
+        install_stand_in()
+
+
+def install_stand_in() -> None:
+    """Have megatron-core leave its functions as they are written, without looking for a GPU.
+
+    megatron-core hands some forty functions to `torch.compile` while it is imported, and the first of them imports the compiler.
+    They are fused kernels for a GPU; on a CPU the few that are called at all run as they are.
+    """
+    if JIT in sys.modules:
         return
     module = types.ModuleType(JIT)
     module.jit_fuser = module.noop_decorator = _as_it_is

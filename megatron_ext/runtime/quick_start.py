@@ -11,9 +11,11 @@ def without_garbage_collection() -> Iterator[None]:
 
     What was imported is left out of later searches, too.
     """
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        gc.enable()
+        if was_enabled:
+            gc.enable()

@@ -71,6 +71,7 @@ class Watchdog:
         self._thread_id = threading.get_ident()
         self._activity, self._marks, self._last = "starting", 0, time.monotonic()
         self._beat = 0
+        self._rank_0_answers = True
         self._stopped = threading.Event()
 
     def mark(self, activity: str) -> None:
@@ -104,18 +105,22 @@ class Watchdog:
         ending.start()
         if self._rank == speaker:
             say(f"error: no progress for {self._timeout:.0f} s (training.timeout_minutes): {word}")
-            with contextlib.suppress(RuntimeError, OSError):
-                self._patience.call(lambda: self._store.set(TOLD, ""))
+            self._tell(lambda: self._store.set(TOLD, ""))
         time.sleep(4 * self._interval)
-        self._wait_until_told()
+        self._tell(self._wait_until_told)
         ending.join(SECONDS_AT_END)
         os._exit(self._exit_code)  # the main thread is inside a collective and cannot be interrupted
 
+    def _tell(self, function: Callable[[], None]) -> None:
+        """Exchange words about the end through the store, if rank 0 still keeps it: every rank speaks for itself otherwise."""
+        if self._rank_0_answers:
+            with contextlib.suppress(RuntimeError, OSError):
+                self._patience.call(function)
+
     def _wait_until_told(self) -> None:
         end = time.monotonic() + SECONDS_AT_END
-        with contextlib.suppress(RuntimeError, OSError):  # rank 0 does not answer: then there is nobody to wait for
-            while not self._patience.call(lambda: self._store.check([TOLD])) and time.monotonic() < end:
-                time.sleep(self._interval)
+        while not self._store.check([TOLD]) and time.monotonic() < end:
+            time.sleep(self._interval)
 
     def _report_quietly(self) -> None:
         with contextlib.suppress(RuntimeError, OSError):  # rank 0 does not answer: `_find_culprit` says so when it matters
@@ -146,6 +151,7 @@ class Watchdog:
             self._report()
             second = self._patience.call(self._read)
         except (RuntimeError, OSError):
+            self._rank_0_answers = False
             return "rank 0 does not answer: its process was stopped, or its machine is gone", self._rank
         answering = [rank for rank, report in second.items() if report is not None and report != first[rank]]
         return describe(first, second), min(answering, default=self._rank)

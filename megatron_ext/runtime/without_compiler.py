@@ -1,5 +1,8 @@
-"""`leave_out_compiler`, for those who can only name a module to be imported first: the server that ranks are forked from."""
+"""The compiler's stand-in, for those who can only name a module to be imported first: the server that ranks are forked from.
 
-from megatron_ext.runtime.compiler import leave_out_compiler
+Its ranks see no GPU, and it must not look for one: a process that has looked cannot be forked into one that sees none.
+"""
 
-leave_out_compiler()
+from megatron_ext.runtime.compiler import install_stand_in
+
+install_stand_in()

@@ -65,6 +65,9 @@ class _Results:
     def __init__(self, manager: SyncManager):
         self._manager, self._queue = manager, manager.Queue()  # the queue goes when its manager does
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_manager": None, "_queue": self._queue}  # as a writer that is not forked gets it
+
     def put(self, item: Any) -> None:
         self._queue.put(pickle.dumps(item))
 

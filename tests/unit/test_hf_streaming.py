@@ -2,10 +2,12 @@
 
 import hashlib
 import io
+import struct
 import weakref
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch.utils.serialization import config
 
 from megatron_ext.checkpoint_files import find_damage, read_run_file
 from megatron_ext.errors import UserError
+from megatron_ext.hf import summed_files
 from megatron_ext.hf.checkpoint_writer import TENSOR_FILE, LazyTensor, write_tensors
 from megatron_ext.hf.finite import all_finite
 from megatron_ext.hf.hashed_file import BLOCK, HashedFile
@@ -192,13 +195,21 @@ TENSORS = {
     "plain": torch.arange(60.0).view(3, 4, 5),
     "bfloat16": torch.randn(7, 3).bfloat16(),
     "float8": torch.randn(16).to(torch.float8_e4m3fn),
+    "integers": torch.arange(10),
     "empty": torch.empty(0, 4),
     "one number": torch.tensor(3.5),
     "transposed": torch.arange(12.0).view(3, 4).t(),
     "part of a larger one": torch.arange(12.0)[4:8],
+    "beginning of a larger one": torch.arange(12.0)[:8],
     "two in a list": [torch.ones(2), torch.zeros(3)],
     "parameter": torch.nn.Parameter(torch.ones(3)),
+    "negated view": torch._neg_view(torch.arange(4.0)),
+    "conjugated view": torch.conj(torch.tensor([1 + 2j])),
 }
+
+
+def flat(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else list(value)
 
 
 @pytest.mark.parametrize("name", TENSORS)
@@ -211,11 +222,19 @@ def test_a_mapped_archive_is_what_torch_loads(name: str, with_sums: bool, tmp_pa
         length = file.tell() - start
         file.write(b"what follows")
     expected = torch.load(io.BytesIO(path.read_bytes()[start : start + length]), weights_only=True)
-    found = load_mapped(path, start, length)
-    assert type(found) is type(expected)
-    for one, other in zip(*([value] if isinstance(value, Tensor) else value for value in (found, expected)), strict=True):
-        assert (one.dtype, one.shape) == (other.dtype, other.shape)
-        assert torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+    for dtype in (torch.float64, flat(expected)[0].dtype):  # another one than expected, and the right one
+        found = load_mapped(path, start, length, dtype)
+        assert type(found) is type(expected)
+        for one, other in zip(flat(found), flat(expected), strict=True):
+            assert (one.dtype, one.shape) == (other.dtype, other.shape)
+            assert torch.equal(*(value.resolve_neg().resolve_conj().reshape(-1).view(torch.uint8) for value in (one, other)))
+
+
+def test_a_quantized_tensor_is_read_and_not_mapped(tmp_path: Path) -> None:
+    torch.save(torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8), tmp_path / "file")
+    for dtype in (torch.float32, torch.uint8, torch.quint8):
+        found = load_mapped(tmp_path / "file", 0, (tmp_path / "file").stat().st_size, dtype)
+        assert torch.equal(found.dequantize(), torch.ones(3))
 
 
 def test_a_damaged_archive_is_not_mapped(tmp_path: Path) -> None:
@@ -224,7 +243,34 @@ def test_a_damaged_archive_is_not_mapped(tmp_path: Path) -> None:
     for damaged in (whole[:-30], whole[:2000], b"", b"junk" * 100):
         (tmp_path / "file").write_bytes(damaged)
         with pytest.raises((OSError, RuntimeError, zipfile.BadZipFile)):
-            load_mapped(tmp_path / "file", 0, len(whole))
+            load_mapped(tmp_path / "file", 0, len(whole), torch.float32)
+
+
+def test_an_index_that_points_elsewhere_is_no_map(tmp_path: Path) -> None:
+    """What lies there are other numbers: torch refuses it, and so must we."""
+    torch.save(torch.ones(1000), tmp_path / "file")
+    content = bytearray((tmp_path / "file").read_bytes())
+    length = len(content)
+    index = content.rindex(b"file/data/0") - 46  # the central directory's entry; its offset is the last of its fixed part
+    assert content[index : index + 4] == b"PK\x01\x02"
+    for moved in (-4, 4, 400, 4000):
+        changed = bytearray(content)
+        (offset,) = struct.unpack_from("<I", changed, index + 42)
+        struct.pack_into("<I", changed, index + 42, offset + moved)
+        (tmp_path / "file").write_bytes(changed + bytes(10_000))
+        with pytest.raises(RuntimeError):
+            load_mapped(tmp_path / "file", 0, length, torch.float32)
+
+
+def test_a_file_that_cannot_be_summed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"a": torch.zeros(10)}, tmp_path / "model.safetensors")
+
+    def fails(path: Path) -> str:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(summed_files, "sha256", fails)
+    with pytest.raises(UserError, match=r"model.safetensors cannot be read \(MemoryError: no room\)"):
+        summed_files.SummedFiles(tmp_path).sums()
 
 
 def test_one_ahead_keeps_the_order_and_fails_when_its_turn_comes() -> None:
