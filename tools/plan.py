@@ -67,7 +67,7 @@ def _add_recommend(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="the run's YAML")
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="how many GPUs")
-    _add_gpu(parser)
+    _add_gpu(parser, "that of data.tokenizer if its files are here, else ")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="how many to show (default: 5)")
     parser.add_argument(
         "--document-length",
@@ -97,11 +97,9 @@ def _add_curves(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run_curves)
 
 
-def _add_gpu(parser: argparse.ArgumentParser) -> None:
+def _add_gpu(parser: argparse.ArgumentParser, vocabulary: str = "") -> None:
     parser.add_argument("--gpu", default="h100", metavar="G", help="a100, h100 (default, the only one calibrated), h200 or b200")
-    parser.add_argument(
-        "--vocab-size", type=int, default=LLAMA3_VOCABULARY, metavar="N", help=f"default: Llama 3's {LLAMA3_VOCABULARY:,}"
-    )
+    parser.add_argument("--vocab-size", type=int, metavar="N", help=f"default: {vocabulary}Llama 3's {LLAMA3_VOCABULARY:,}")
 
 
 def main() -> int:
@@ -143,10 +141,26 @@ def run_recommend(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from megatron_ext.plan.recommend import as_dict, choose, render
     from megatron_ext.plan.search import search
 
-    result = search(config, arguments.vocab_size, arguments.gpus, gpu, arguments.document_length)
+    vocab_size, origin = _vocabulary(config, arguments.vocab_size)
+    result = search(config, vocab_size, arguments.gpus, gpu, arguments.document_length)
     best = choose(result)[: arguments.top]
-    _show(as_dict(result, best) if arguments.json else render(result, best))
+    if arguments.json:
+        _show({"vocabulary": {"size": vocab_size, "from": origin}, **as_dict(result, best)})
+    else:
+        first, *others = render(result, best)
+        _show([first, f"vocabulary: {vocab_size:,} ids, {origin}", *others])
     return 0
+
+
+def _vocabulary(config: RunConfig, given: int | None) -> tuple[int, str]:
+    """Ids that belong to tokens, and where the number comes from."""
+    if given is not None:
+        return given, "from --vocab-size"
+    if not config.data.tokenizer or not Path(config.data.tokenizer).exists():
+        return LLAMA3_VOCABULARY, "Llama 3's: data.tokenizer is not here"
+    from megatron_ext.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(Path(config.data.tokenizer)).vocab_size, f"from data.tokenizer {config.data.tokenizer}"
 
 
 def run_validate(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -169,7 +183,8 @@ def run_curves(arguments: argparse.Namespace, overrides: list[str]) -> int:
     gpu = find_gpu(arguments.gpu)
     from megatron_ext.plan.curves import PRESETS, cost_curve, draw, render
 
-    curves = {preset: cost_curve(preset, arguments.vocab_size, gpu) for preset in PRESETS}
+    vocab_size = arguments.vocab_size or LLAMA3_VOCABULARY
+    curves = {preset: cost_curve(preset, vocab_size, gpu) for preset in PRESETS}
     draw(curves, gpu, arguments.output)
     _show(render(curves))
     return 0

@@ -43,6 +43,7 @@ from megatron_ext.plan.workload import Shape, Workload
 from megatron_ext.runtime.backend import expected_backend
 from megatron_ext.runtime.topology import check_layout
 from megatron_ext.train.preflight import check_structure
+from tests.conftest import Corpus
 
 ROOT = Path(__file__).parents[2]
 H100 = GPUS["h100"]
@@ -407,6 +408,18 @@ def test_recommend_answers_in_json(tmp_path: Path) -> None:
     printed = json.loads(done.stdout)
     assert len(printed["best"]) == 2 and not printed["measured"]
     assert printed["best"][0]["phases"][0]["steps"] == 10
+    assert printed["vocabulary"] == {"size": 128_256, "from": "Llama 3's: data.tokenizer is not here"}
+
+
+def test_recommend_takes_the_vocabulary_of_the_tokenizer(corpus: Corpus, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        f"output_dir: none\ndata: {{tokenizer: {corpus.tokenizer}, train: [{{prefix: none}}]}}\nmodel: {{preset: tiny}}\n"
+        "phases: [{objective: mlm, steps: 10}]\ntraining: {global_batch_size: 64}\n",
+        encoding="utf-8",
+    )
+    done = plan("recommend", "--config", str(tmp_path / "run.yaml"), "--gpus", "1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1] == f"vocabulary: 540 ids, from data.tokenizer {corpus.tokenizer}"
 
 
 @pytest.mark.parametrize(
