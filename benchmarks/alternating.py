@@ -1,0 +1,77 @@
+"""Contenders in processes of their own that take turns: A B A B ..., so that what else the machine does falls on all alike."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+THREADS = "2"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast one contender was as another, pair by pair."""
+
+    median: float
+    lowest: float
+    highest: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float], peer_seconds: Sequence[float]) -> "Ratio":
+        """From the durations of the same work, in the order in which they were taken."""
+        ratios = [peer / own for own, peer in zip(seconds, peer_seconds, strict=True)]
+        return cls(statistics.median(ratios), min(ratios), max(ratios))
+
+
+class Contender:
+    """A process that does a step of its work whenever it is told to."""
+
+    def __init__(self, module: str, *arguments: str):
+        """Start it; it prepares itself until `ready`.
+
+        Args:
+            module: to be run with `python -m`; its process calls `take_turns`.
+            arguments: of its command line.
+        """
+        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", THREADS)}
+        command = [sys.executable, "-m", module, *arguments]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True
+        )
+
+    def ready(self) -> dict[str, Any]:
+        """Wait until it is; what it says of itself."""
+        return self._answer()
+
+    def step(self) -> dict[str, Any]:
+        """Let it do a step; what it says of it."""
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def end(self) -> None:
+        """Let it go."""
+        self._process.stdin.close()
+        self._process.wait(60)
+
+    def _answer(self) -> dict[str, Any]:
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{' '.join(map(str, self._process.args))} ended with code {self._process.wait(60)}")
+        return json.loads(line)
+
+
+def take_turns(about: dict[str, Any], step: Any) -> None:
+    """The contender's side: say what it is, then do a step for every line of standard input.
+
+    Args:
+        about: printed first.
+        step: called for each; returns what is printed.
+    """
+    print(json.dumps(about), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(step()), flush=True)

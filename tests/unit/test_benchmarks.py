@@ -1,0 +1,36 @@
+"""What the benchmarks count and compare; how fast anything is, no test says."""
+
+import numpy as np
+import pytest
+
+from benchmarks.alternating import Contender, Ratio
+from benchmarks.contenders import SHAPES, make_batch
+from benchmarks.training_step import step_flops, tokens
+
+
+def test_ratios_are_those_of_neighbours() -> None:
+    assert Ratio.of([1.0, 2.0, 4.0], [2.0, 2.0, 16.0]) == Ratio(2.0, 1.0, 4.0)
+
+
+@pytest.mark.parametrize("objective, attended, predicted", [("mlm", 512, 0.4), ("clm", 256, 511 / 512)])
+def test_useful_work_is_the_written_formula(objective: str, attended: int, predicted: float) -> None:
+    blocks = 12 * (4 * 768**2 + 3 * 768 * 3072)
+    per_token = 6 * blocks + 12 * 12 * 768 * attended + 6 * predicted * 768 * 128_256
+    assert step_flops("210m", objective) == pytest.approx(per_token * tokens("210m"))
+
+
+def test_a_batch_hides_what_is_to_be_said() -> None:
+    shape = SHAPES["tiny"]
+    batch = make_batch(shape, "mlm")
+    hidden = batch.labels >= 0
+    assert (hidden.sum(axis=1) == round(0.4 * shape.sequence_length)).all()
+    assert (batch.tokens[hidden] == 4).all() and (batch.tokens[~hidden] >= 5).all()
+    causal = make_batch(shape, "clm")
+    np.testing.assert_array_equal(causal.tokens, causal.labels)
+    np.testing.assert_array_equal(causal.tokens[~hidden], batch.tokens[~hidden])
+
+
+def test_a_contender_that_fails_is_no_figure() -> None:
+    contender = Contender("benchmarks.contenders", "nobody")
+    with pytest.raises(RuntimeError, match="ended with code 2"):
+        contender.ready()
