@@ -106,7 +106,7 @@ class Watchdog:
         if self._rank == speaker:
             say(f"error: no progress for {self._timeout:.0f} s (training.timeout_minutes): {word}")
             self._tell(lambda: self._store.set(TOLD, ""))
-        time.sleep(4 * self._interval)
+        self._go_on_reporting(4 * self._interval)
         self._tell(self._wait_until_told)
         ending.join(SECONDS_AT_END)
         os._exit(self._exit_code)  # the main thread is inside a collective and cannot be interrupted
@@ -121,6 +121,14 @@ class Watchdog:
         end = time.monotonic() + SECONDS_AT_END
         while not self._store.check([TOLD]) and time.monotonic() < end:
             time.sleep(self._interval)
+
+    def _go_on_reporting(self, seconds: float) -> bool:
+        """Wait, but let the others see that this rank answers; whether the run went on."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0 and not self._stopped.wait(min(left, self._interval / 2)):
+            if self._rank_0_answers:
+                self._report_quietly()
+        return self._stopped.is_set()
 
     def _report_quietly(self) -> None:
         with contextlib.suppress(RuntimeError, OSError):  # rank 0 does not answer: `_find_culprit` says so when it matters
@@ -146,9 +154,8 @@ class Watchdog:
         """Read all reports twice; which ranks hold the others up, and the first rank that can tell."""
         try:
             first = self._patience.call(self._read)
-            if self._stopped.wait(2 * self._interval):
+            if self._go_on_reporting(2 * self._interval):
                 return "", self._rank
-            self._report()
             second = self._patience.call(self._read)
         except (RuntimeError, OSError):
             self._rank_0_answers = False

@@ -93,7 +93,7 @@ def read(folder: Path, content: bytes) -> dict[str, Any] | None:
 class EmptyReader:
     """In place of the reader of a checkpoint's tensors: there are none, but what `run.json` says of them is used all the same."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, mapped: bool = True):
         self.directory, self.record = directory, _read_record(directory)
         self.tensors: dict[str, Any] = {}
         self.optimizer_tensors: dict[str, Any] = {}

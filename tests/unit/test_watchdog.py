@@ -1,5 +1,6 @@
 """Calls that never return hold up neither a watchdog nor the end of its process."""
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -51,3 +52,31 @@ def test_a_store_that_never_answers_does_not_hold_up_the_end(gate: threading.Eve
             time.sleep(0.01)
         start = time.monotonic()
     assert time.monotonic() - start < 3
+
+
+def test_a_rank_that_looks_for_the_culprit_still_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks may look at the same time: neither may take the other's looking for silence."""
+    beats: list[int] = []
+
+    class Store:
+        """Keeps what this rank says of itself; another rank says nothing."""
+
+        content: dict[str, str] = {}
+
+        def set(self, key: str, value: str) -> None:
+            self.content[key] = value
+            beats.append(json.loads(value)["beat"])
+
+        def check(self, keys: list[str]) -> bool:
+            return all(key in self.content for key in keys)
+
+        def multi_get(self, keys: list[str]) -> list[str]:
+            return [self.content[key] for key in keys]
+
+    monkeypatch.setattr(watchdog, "_make_store", lambda rank: Store())
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    guard = Watchdog(2.0, 3)  # reports every half second
+    word, speaker = guard._find_culprit()
+    assert len(set(beats)) >= 3  # so that one that looks twice, a second apart, sees it move whenever it looks
+    assert word.startswith("rank 0 no longer answers") and speaker == 1
