@@ -37,10 +37,9 @@ class Contender:
             module: to be run with `python -m`; its process calls `take_turns`.
             arguments: of its command line.
         """
-        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", THREADS)}
         command = [sys.executable, "-m", module, *arguments]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment(), text=True
         )
 
     def ready(self) -> dict[str, Any]:
@@ -63,6 +62,11 @@ class Contender:
         if not line:
             raise RuntimeError(f"{' '.join(map(str, self._process.args))} ended with code {self._process.wait(60)}")
         return json.loads(line)
+
+
+def environment() -> dict[str, str]:
+    """Of a process that is measured: this one's, and two threads unless it says otherwise."""
+    return {"OMP_NUM_THREADS": THREADS, **os.environ}
 
 
 def take_turns(about: dict[str, Any], step: Any) -> None:

@@ -19,11 +19,11 @@ import numpy as np
 
 from benchmarks.alternating import take_turns
 from benchmarks.memory import peak, reset_peak
+from benchmarks.one_rank import one_rank, own_step
 from megatron_ext.errors import run_command
 
 MASK_RATIO = 0.4
 LEARNING_RATE, CLIP = 1e-4, 1.0
-GEMM, GEMM_REPEATS = 2048, 5
 
 
 @dataclass(frozen=True)
@@ -84,19 +84,12 @@ def build_ours(shape: Shape, objective: str, stack: ExitStack) -> Step:
     """This project, as a run of one rank builds it."""
     import torch
 
-    from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainingConfig
+    from megatron_ext.config import OptimizerConfig
     from megatron_ext.data.batch import collate
     from megatron_ext.objective import OBJECTIVES, Example
     from megatron_ext.runtime.allocator import give_back_freed_memory
-    from megatron_ext.runtime.backend import choose_backend
-    from megatron_ext.runtime.cpu import patch_megatron
-    from megatron_ext.runtime.topology import check_layout, process_groups
-    from megatron_ext.train.build import build_model, wrap_model
-    from megatron_ext.train.optimizer import build_optimizer, gradient_norm, set_learning_rate, update
-    from megatron_ext.train.step import run_schedule
 
     give_back_freed_memory()
-    patch_megatron()
     encoder, batch = encoder_of(shape), make_batch(shape, objective)
     examples = []
     for tokens, labels in zip(batch.tokens, batch.labels, strict=True):
@@ -104,19 +97,12 @@ def build_ours(shape: Shape, objective: str, stack: ExitStack) -> Step:
         examples.append(Example(tokens, places, labels[places + 1] if objective == "clm" else labels[places]))
     lengths = [np.array([shape.sequence_length])] * shape.batch_size
     micro_batch = collate(examples, lengths, OBJECTIVES[objective], documents_attend_across=False, restart_positions=True)
-    training = TrainingConfig(micro_batch_size=shape.batch_size, global_batch_size=shape.batch_size)
-    layout, backend = check_layout(ParallelConfig(), training, encoder.num_layers, {}, 1), choose_backend("local")
-    stack.enter_context(process_groups(layout, backend))
-    chunks = wrap_model(build_model(encoder, shape.vocab_size, layout, backend, torch.float32, 0), layout)
+    layout, backend = stack.enter_context(one_rank(encoder, shape.batch_size))
     config = OptimizerConfig(learning_rate=LEARNING_RATE, clip_grad_norm=CLIP)
-    optimizer = build_optimizer(config, chunks, torch.float32, False)
-    set_learning_rate(optimizer, config, LEARNING_RATE)
+    own = own_step(encoder, shape.vocab_size, torch.float32, layout, backend, config)
 
     def step() -> float:
-        chunks[0].zero_grad_buffer()
-        optimizer.zero_grad()
-        sums = run_schedule(chunks, [micro_batch], micro_batch.input_ids.numel(), backend.device, False)
-        update(optimizer, gradient_norm(optimizer))
+        sums = own([micro_batch])
         return float(sums.losses[objective]) / sums.predicted[objective]
 
     return step
@@ -160,13 +146,6 @@ def build_transformers(shape: Shape, objective: str, stack: ExitStack) -> Step:
 def build_megatron_core(shape: Shape, objective: str, stack: ExitStack) -> Step:
     """megatron-core's GPTModel as it comes, in a plain loop: its local layers, logits at every position, torch's AdamW."""
     import torch
-
-    from megatron_ext.config import ParallelConfig, TrainingConfig
-    from megatron_ext.runtime.backend import choose_backend
-    from megatron_ext.runtime.cpu import patch_megatron  # without it nothing of megatron-core runs on a CPU
-    from megatron_ext.runtime.topology import check_layout, process_groups
-
-    patch_megatron()
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -174,9 +153,7 @@ def build_megatron_core(shape: Shape, objective: str, stack: ExitStack) -> Step:
     from megatron.core.transformer.enums import AttnMaskType
 
     encoder, batch = encoder_of(shape), make_batch(shape, objective)
-    training = TrainingConfig(micro_batch_size=shape.batch_size, global_batch_size=shape.batch_size)
-    layout = check_layout(ParallelConfig(), training, encoder.num_layers, {}, 1)
-    stack.enter_context(process_groups(layout, choose_backend("local")))
+    stack.enter_context(one_rank(encoder, shape.batch_size))  # without its patches nothing of megatron-core runs on a CPU
     model_parallel_cuda_manual_seed(0)
     config = TransformerConfig(
         num_layers=encoder.num_layers,
@@ -235,19 +212,6 @@ LIBRARIES = {
 """What each needs, imported before memory is counted."""
 
 
-def gemm_rate() -> float:
-    """Best FLOP/s of a few float32 products of 2048^3 in this process: the limit of this machine at this time."""
-    import torch
-
-    left, right = torch.ones(GEMM, GEMM), torch.ones(GEMM, GEMM)
-    seconds = []
-    for _ in range(GEMM_REPEATS):
-        start = time.perf_counter()
-        torch.mm(left, right)
-        seconds.append(time.perf_counter() - start)
-    return 2 * GEMM**3 / min(seconds)
-
-
 def main() -> int:
     """Build one contender and take turns."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -258,6 +222,8 @@ def main() -> int:
     warnings.simplefilter("ignore")
     import torch
 
+    from megatron_ext.train.metrics import peak_flops
+
     for library in LIBRARIES[arguments.contender]:
         importlib.import_module(library)
     torch.manual_seed(0)
@@ -267,7 +233,7 @@ def main() -> int:
     step = CONTENDERS[arguments.contender](SHAPES[arguments.shape], arguments.objective, stack)
 
     def timed() -> dict[str, float]:
-        rate = gemm_rate()
+        rate = peak_flops(torch.device("cpu"))  # of this process, at this time
         start = time.perf_counter()
         loss = step()
         return {"seconds": time.perf_counter() - start, "loss": loss, "gemm": rate, "peak_bytes": peak() - before}

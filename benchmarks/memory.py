@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.alternating import environment
+from benchmarks.one_rank import one_rank, own_step
 from megatron_ext.errors import CommandLine, run_command
 
 STEPS = 2  # the moments come into being at the end of the first
@@ -96,9 +98,8 @@ def main() -> int:
 
 
 def _in_own_process(number: int) -> dict[str, Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
     command = [sys.executable, "-m", "benchmarks.memory", "--worker", str(number)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, env=environment(), check=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -108,35 +109,25 @@ def measure(row: Row) -> dict[str, Any]:
     import torch
     from megatron.core.package_info import __version__ as megatron_version
 
-    from megatron_ext.config import OptimizerConfig, ParallelConfig, PrecisionConfig, TrainingConfig
+    import megatron_ext.train.build
+    import megatron_ext.train.optimizer
+    import megatron_ext.train.step  # noqa: F401 - what a step needs, imported before memory is counted
+    from megatron_ext.config import OptimizerConfig, PrecisionConfig, TrainingConfig
     from megatron_ext.model.presets import PRESETS
     from megatron_ext.plan.memory import rank_memory
     from megatron_ext.runtime.allocator import give_back_freed_memory
-    from megatron_ext.runtime.backend import choose_backend
-    from megatron_ext.runtime.cpu import patch_megatron
-    from megatron_ext.runtime.topology import check_layout, process_groups
-    from megatron_ext.train.build import build_model, wrap_model
-    from megatron_ext.train.optimizer import build_optimizer, gradient_norm, update
-    from megatron_ext.train.step import run_schedule
 
     give_back_freed_memory()
-    patch_megatron()
     dtype = torch.float32 if row.recipe == "fp32" else torch.bfloat16
     encoder = dataclasses.replace(PRESETS[row.preset](), **row.changes)
     training = TrainingConfig(micro_batch_size=row.micro_batch_size, global_batch_size=row.micro_batch_size * row.micro_batches)
-    layout = check_layout(ParallelConfig(), training, encoder.num_layers, {}, 1)
-    backend = choose_backend("local")
-    with process_groups(layout, backend):
+    with one_rank(encoder, row.micro_batch_size, row.micro_batches) as (layout, backend):
         torch.ones(256, 256, dtype=dtype, requires_grad=True).mm(torch.ones(256, 256, dtype=dtype)).sum().backward()
         before = reset_peak()
-        chunks = wrap_model(build_model(encoder, row.vocab_size, layout, backend, dtype, 0), layout)
-        optimizer = build_optimizer(OptimizerConfig(), chunks, dtype, False)
+        step = own_step(encoder, row.vocab_size, dtype, layout, backend, OptimizerConfig())
         batches = [make_batch(row, number) for number in range(row.micro_batches)]
         for _ in range(STEPS):
-            chunks[0].zero_grad_buffer()
-            optimizer.zero_grad()
-            run_schedule(chunks, batches, batches[0].input_ids.numel(), backend.device, False)
-            update(optimizer, gradient_norm(optimizer))
+            step(batches)
         measured = peak() - before
     precision = PrecisionConfig(recipe=row.recipe)
     predicted = rank_memory(

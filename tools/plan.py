@@ -43,7 +43,7 @@ def _add_dry_run(commands: argparse._SubParsersAction) -> None:
         "write. What the run itself would refuse about its sizes is refused here in the same words. Needs no data and no GPU. "
         "All other arguments are those of pretrain_encoder.py, e.g. --parallel.tensor 8.",
     )
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="the run's YAML")
+    _add_config(parser)
     parser.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks of the run")
     parser.add_argument(
         "--rank", default="all-distinct", metavar="R", help="a rank, or all-distinct: the first of each pipeline stage (default)"
@@ -52,7 +52,7 @@ def _add_dry_run(commands: argparse._SubParsersAction) -> None:
         "--vocab-size", type=int, metavar="N", help="default: that of data.tokenizer, whose files must be here then"
     )
     parser.add_argument("--gpu", default="h100", metavar="G", help="what the run will have: a100, h100 (default), h200 or b200")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+    _add_json(parser)
     parser.set_defaults(run=run_dry_run)
 
 
@@ -65,7 +65,7 @@ def _add_recommend(commands: argparse._SubParsersAction) -> None:
         "run whose model, plan and global batch stay. Needs no data and no GPU. All other arguments are those of "
         "pretrain_encoder.py, e.g. --model.preset 1b.",
     )
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="the run's YAML")
+    _add_config(parser)
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="how many GPUs")
     _add_gpu(parser, "that of data.tokenizer if its files are here, else ")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="how many to show (default: 5)")
@@ -75,7 +75,7 @@ def _add_recommend(commands: argparse._SubParsersAction) -> None:
         metavar="L",
         help="mean length of the document that a token belongs to, sum(l^2) / sum(l); default: the whole sample, which is dearest",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+    _add_json(parser)
     parser.set_defaults(run=run_recommend)
 
 
@@ -84,7 +84,7 @@ def _add_validate(commands: argparse._SubParsersAction) -> None:
         "validate", allow_abbrev=False, help="predicted against published training speeds", description="Row by row, with errors."
     )
     parser.add_argument("--calibrate", action="store_true", help="fit the constants anew (needs SciPy), and use what is found")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+    _add_json(parser)
     parser.set_defaults(run=run_validate)
 
 
@@ -95,6 +95,14 @@ def _add_curves(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="PNG, PDF or SVG to write")
     _add_gpu(parser)
     parser.set_defaults(run=run_curves)
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="the run's YAML")
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
 
 
 def _add_gpu(parser: argparse.ArgumentParser, vocabulary: str = "") -> None:

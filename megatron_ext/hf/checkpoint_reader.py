@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from megatron_ext.checkpoint_files import FP8_HISTORY, inside, read_run_file
 from megatron_ext.errors import UserError, one_line
-from megatron_ext.hf.mapped_tensor import load_mapped, open_part
+from megatron_ext.hf.mapped_tensor import load_mapped
 from megatron_ext.model.presets import EncoderConfig
 from megatron_ext.unpickling import refuse_foreign_code
 
@@ -95,11 +95,7 @@ class CheckpointReader:
         stored = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
         path = self.directory / stored.relative_path
         try:
-            if self._mapped:
-                part = load_mapped(path, stored.offset, stored.length, info.dtype)
-            else:
-                with open_part(path, stored.offset, stored.length) as archive:
-                    part = torch.load(archive, map_location="cpu", weights_only=True)
+            part = load_mapped(path, stored.offset, stored.length, info.dtype if self._mapped else None)
         except Exception as error:  # a damaged archive raises anything
             raise UserError(f"checkpoint {self.directory}: tensor {key} cannot be read ({one_line(error)})") from error
         if not isinstance(part, Tensor) or part.shape != chunk.sizes or part.dtype != info.dtype:

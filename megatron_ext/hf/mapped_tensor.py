@@ -42,19 +42,19 @@ def map_tensor(path: Path, start: int, dtype: torch.dtype, shape: tuple[int, ...
     return torch.frombuffer(mapped, dtype=dtype, count=count, offset=start - page).view(shape)
 
 
-def load_mapped(path: Path, start: int, length: int, dtype: torch.dtype) -> object:
+def load_mapped(path: Path, start: int, length: int, dtype: torch.dtype | None) -> object:
     """What `torch.load` finds in an archive, tensors only; a plain tensor of the dtype is not read but mapped.
 
     Args:
         path: of the file that the archive lies in.
         start: of the archive in it.
         length: of the archive, in bytes.
-        dtype: that is expected.
+        dtype: that is expected; None: nothing is mapped.
 
     Raises:
         Exception: of any kind, if the archive is damaged.
     """
-    with open_part(path, start, length) as archive:
+    with io.BufferedReader(_Part(open(path, "rb", buffering=0), start, length)) as archive:
         place = _place_of_numbers(archive, length) if dtype in MAPPED else None
         if place is not None:
             archive.seek(0)
@@ -64,11 +64,6 @@ def load_mapped(path: Path, start: int, length: int, dtype: torch.dtype) -> obje
                 return map_tensor(path, start + place.first_byte, dtype, tuple(found.shape))
         archive.seek(0)
         return torch.load(archive, map_location="cpu", weights_only=True)
-
-
-def open_part(path: Path, start: int, length: int) -> BinaryIO:
-    """A part of a file, opened as if it were one."""
-    return io.BufferedReader(_Part(open(path, "rb", buffering=0), start, length))
 
 
 def _is_plain(found: object, dtype: torch.dtype, size: int) -> bool:

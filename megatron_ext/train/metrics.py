@@ -115,11 +115,12 @@ def _measure_matmul(device: torch.device, size: int = 2048, repeats: int = 5) ->
     """Best rate of a few `size`^3 products."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     left, right, result = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(3))
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     best = float("inf")
     for _ in range(repeats):
-        torch.cuda.synchronize()
+        wait()
         started = time.perf_counter()
         torch.mm(left, right, out=result)
-        torch.cuda.synchronize()
+        wait()
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best
