@@ -21,6 +21,7 @@ setup(
         "transformers>=5.10,<6",  # native EuroBERT; older ones write outside the folder (CVE-2026-9856)
         "tokenizers>=0.22,<1",
         "safetensors>=0.5,<1",
+        "blake3>=1.0,<2",  # sums of checkpoint files
         "sentencepiece>=0.2.3,<1",  # older ones crash on crafted models
         "protobuf>=5,<8",  # SentencePiece models are read through their protobuf definition
         "mlflow>=3.1,<4",

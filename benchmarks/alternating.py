@@ -30,16 +30,23 @@ class Ratio:
 class Contender:
     """A process that does a step of its work whenever it is told to."""
 
-    def __init__(self, module: str, *arguments: str):
+    def __init__(self, module: str, *arguments: str, threads: int | None = None, ranks: int = 1):
         """Start it; it prepares itself until `ready`.
 
         Args:
             module: to be run with `python -m`; its process calls `take_turns`.
             arguments: of its command line.
+            threads: of each of its processes; None are those of `environment`.
+            ranks: processes, joined by torchrun if they are several; the first of them calls `take_turns`.
         """
-        command = [sys.executable, "-m", module, *arguments]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment(), text=True
+            [sys.executable, *torchrun, "-m", module, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment() | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)}),
+            text=True,
         )
 
     def ready(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.alternating import take_turns
 from benchmarks.memory import peak, reset_peak
-from benchmarks.one_rank import one_rank, own_step
+from benchmarks.own_run import own_groups, own_step
 from megatron_ext.errors import run_command
 
 MASK_RATIO = 0.4
@@ -76,6 +76,19 @@ def encoder_of(shape: Shape) -> Any:
     return dataclasses.replace(encoder, num_layers=shape.layers) if shape.layers else encoder
 
 
+def own_micro_batch(shape: Shape, objective: str, seed: int = 0) -> Any:
+    """The batch of `make_batch` as this project's `MicroBatch`."""
+    from megatron_ext.data.batch import collate
+    from megatron_ext.objective import OBJECTIVES, Example
+
+    batch, examples = make_batch(shape, objective, seed), []
+    for tokens, labels in zip(batch.tokens, batch.labels, strict=True):
+        places = np.arange(len(tokens) - 1) if objective == "clm" else np.flatnonzero(labels >= 0)
+        examples.append(Example(tokens, places, labels[places + 1] if objective == "clm" else labels[places]))
+    lengths = [np.array([shape.sequence_length])] * shape.batch_size
+    return collate(examples, lengths, OBJECTIVES[objective], documents_attend_across=False, restart_positions=True)
+
+
 Step = Callable[[], float]
 """Makes an optimizer step; returns the loss per predicted token before it."""
 
@@ -85,19 +98,11 @@ def build_ours(shape: Shape, objective: str, stack: ExitStack) -> Step:
     import torch
 
     from megatron_ext.config import OptimizerConfig
-    from megatron_ext.data.batch import collate
-    from megatron_ext.objective import OBJECTIVES, Example
     from megatron_ext.runtime.allocator import give_back_freed_memory
 
     give_back_freed_memory()
-    encoder, batch = encoder_of(shape), make_batch(shape, objective)
-    examples = []
-    for tokens, labels in zip(batch.tokens, batch.labels, strict=True):
-        places = np.arange(len(tokens) - 1) if objective == "clm" else np.flatnonzero(labels >= 0)
-        examples.append(Example(tokens, places, labels[places + 1] if objective == "clm" else labels[places]))
-    lengths = [np.array([shape.sequence_length])] * shape.batch_size
-    micro_batch = collate(examples, lengths, OBJECTIVES[objective], documents_attend_across=False, restart_positions=True)
-    layout, backend = stack.enter_context(one_rank(encoder, shape.batch_size))
+    encoder, micro_batch = encoder_of(shape), own_micro_batch(shape, objective)
+    layout, backend = stack.enter_context(own_groups(encoder, shape.batch_size))
     config = OptimizerConfig(learning_rate=LEARNING_RATE, clip_grad_norm=CLIP)
     own = own_step(encoder, shape.vocab_size, torch.float32, layout, backend, config)
 
@@ -153,7 +158,7 @@ def build_megatron_core(shape: Shape, objective: str, stack: ExitStack) -> Step:
     from megatron.core.transformer.enums import AttnMaskType
 
     encoder, batch = encoder_of(shape), make_batch(shape, objective)
-    stack.enter_context(one_rank(encoder, shape.batch_size))  # without its patches nothing of megatron-core runs on a CPU
+    stack.enter_context(own_groups(encoder, shape.batch_size))  # without its patches nothing of megatron-core runs on a CPU
     model_parallel_cuda_manual_seed(0)
     config = TransformerConfig(
         num_layers=encoder.num_layers,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.alternating import environment
-from benchmarks.one_rank import one_rank, own_step
+from benchmarks.own_run import own_groups, own_step
 from megatron_ext.errors import CommandLine, run_command
 
 STEPS = 2  # the moments come into being at the end of the first
@@ -121,7 +121,7 @@ def measure(row: Row) -> dict[str, Any]:
     dtype = torch.float32 if row.recipe == "fp32" else torch.bfloat16
     encoder = dataclasses.replace(PRESETS[row.preset](), **row.changes)
     training = TrainingConfig(micro_batch_size=row.micro_batch_size, global_batch_size=row.micro_batch_size * row.micro_batches)
-    with one_rank(encoder, row.micro_batch_size, row.micro_batches) as (layout, backend):
+    with own_groups(encoder, row.micro_batch_size, row.micro_batches) as (layout, backend):
         torch.ones(256, 256, dtype=dtype, requires_grad=True).mm(torch.ones(256, 256, dtype=dtype)).sum().backward()
         before = reset_peak()
         step = own_step(encoder, row.vocab_size, dtype, layout, backend, OptimizerConfig())

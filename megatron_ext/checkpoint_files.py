@@ -13,6 +13,8 @@ from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from blake3 import blake3
+
 from megatron_ext.errors import UnreadableError, UserError
 from megatron_ext.regular_file import read_small_file
 from megatron_ext.run_record import parse_run_record
@@ -31,6 +33,10 @@ TOKENIZER_FILES = (
     *("chat_template*", GENERATION_FILE),
 )
 """Patterns of what is kept of a tokenizer's folder; an imported model's prompts and stop ids go with it."""
+SUM, EARLIER_SUM = "blake3", "sha256"
+"""What a file's sum is called in `run.json`. BLAKE3, for SHA-256 takes longer over a gigabyte than copying it; checkpoints that
+were made before have the other one."""
+SUMS = {SUM: blake3, EARLIER_SUM: hashlib.sha256}
 RECORD_SUM = "record_sha256"
 """Key of `run.json` with the sum of all the others."""
 
@@ -114,9 +120,14 @@ def check_links(checkpoint: Path) -> None:
                 inside(checkpoint, str(path.relative_to(checkpoint)), f"checkpoint {checkpoint}")
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    digest, buffer = hashlib.sha256(), bytearray(SUMMED_AT_ONCE)
+def file_sum(path: Path, kind: str = SUM) -> str:
+    """Sum of a file's contents, in hexadecimal digits.
+
+    Args:
+        path: of the file.
+        kind: a key of `SUMS`.
+    """
+    digest, buffer = SUMS[kind](), bytearray(SUMMED_AT_ONCE)
     view = memoryview(buffer)
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -125,8 +136,8 @@ def sha256(path: Path) -> str:
 
 
 def describe_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of some files of a folder, as `run.json` keeps them: name -> {bytes, sha256}."""
-    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names}
+    """Size and sum of some files of a folder, as `run.json` keeps them: name -> {bytes, blake3}."""
+    return {name: {"bytes": (folder / name).stat().st_size, SUM: file_sum(folder / name)} for name in names}
 
 
 def seal(record: dict[str, Any]) -> dict[str, Any]:
@@ -183,9 +194,10 @@ def _damage_of(path: Path, name: str, written: dict[str, Any]) -> str | None:
         size = path.stat().st_size
         if size != written["bytes"]:
             return f"{name} has {size} bytes, {written['bytes']} were written"
-        found = sha256(path)
+        kind = EARLIER_SUM if EARLIER_SUM in written else SUM
+        found = file_sum(path, kind)
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:
         raise UnreadableError(f"{path} cannot be read ({error.strerror})") from None
-    return None if found == written["sha256"] else f"{name} has SHA-256 {found[:12]}, {written['sha256'][:12]} was written"
+    return None if found == written[kind] else f"{name} has the {kind} sum {found[:12]}, {written[kind][:12]} was written"

@@ -55,9 +55,7 @@ NUMBER = _Kind("a number, at least 0", _is_number)
 FLAG = _Kind("true or false", lambda value: isinstance(value, bool))
 TEXT = _Kind("text", lambda value: isinstance(value, str))
 NAME = _Kind("null, or up to 64 letters, digits, _ and -", lambda value: value is None or _is_name(value))
-DIGEST = _Kind(
-    "a SHA-256 in hexadecimal digits", lambda value: isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value))
-)
+DIGEST = _Kind("a sum of 64 hexadecimal digits", lambda value: isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value)))
 OBJECT = _Kind("an object", lambda value: isinstance(value, dict))
 OBJECT_OR_NULL = _Kind("null or an object", lambda value: value is None or isinstance(value, dict))
 VERSIONS = _Kind("an object of package names and texts", _is_versions)
@@ -93,7 +91,7 @@ TOKENIZER = {"path": TEXT, "fingerprint": DIGEST}
 PARENT = {"checkpoint": TEXT, "step": COUNT, "mlflow_run_id": NAME}
 DATA_SET = {"prefix": TEXT, "split": TEXT, "weight": NUMBER, "fingerprint": DIGEST}
 PHASE = {"name": TEXT, "start_step": COUNT, "end_step": COUNT}
-FILE = {"bytes": COUNT, "sha256": DIGEST}
+FILE, FILE_EARLIER = {"bytes": COUNT, "blake3": DIGEST}, {"bytes": COUNT, "sha256": DIGEST}
 RUN = {
     "step": COUNT,
     "phase": TEXT,
@@ -172,7 +170,7 @@ def parse_run_record(text: str, source: str, version: int) -> dict[str, Any]:
     for name, item in record["files"].items():
         if not isinstance(item, dict):
             raise UserError(f"{source}: files[{name!r:.200}] is {item!r:.40}: it must be an object")
-        _check(item, FILE, source, f"files[{name!r:.200}].")
+        _check(item, FILE_EARLIER if "sha256" in item else FILE, source, f"files[{name!r:.200}].")
     return record
 
 

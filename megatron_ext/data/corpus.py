@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from megatron_ext.checkpoint_files import sha256
 from megatron_ext.data.readers import (
     ReaderSettings,
     Reject,
@@ -323,7 +322,7 @@ def _join(jobs: list[_Job], prefix: Path, rejects_path: Path, tokenizer: Tokeniz
     finally:
         gc.unfreeze()
     builder.finalize(f"{aside}.idx")
-    sums = {ending: sha256(Path(aside + ending)) for ending in (".bin", ".idx")}
+    sums = {ending: _identity(Path(aside + ending))["sha256"] for ending in (".bin", ".idx")}
     _write_json(Path(f"{aside}.json"), asdict(replace(info, sha256=sums)))
     for ending in (".bin", ".idx"):
         os.replace(aside + ending, f"{prefix}{ending}")

@@ -43,7 +43,7 @@ def write_tensors(folder: Path, tensors: list[LazyTensor]) -> dict[str, dict[str
         tensors: each is stored whole, whatever the layouts it will be loaded at.
 
     Returns:
-        Size and SHA-256 of the file with the tensors, by its name, as `run.json` keeps them.
+        Size and sum of the file with the tensors, by its name, as `run.json` keeps them.
 
     Raises:
         UserError: what a tensor's `load` raised.

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_ext.checkpoint_files import sha256
+from megatron_ext.checkpoint_files import file_sum
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import UserError
 from megatron_ext.hf.import_config import read_config
@@ -45,7 +45,7 @@ class FolderSource:
 
     def sums(self) -> dict[str, str]:
         """See `import_model.Source`."""
-        return {"config.json": sha256(self.folder / "config.json"), **self._weights.files.sums()}
+        return {"config.json": file_sum(self.folder / "config.json"), **self._weights.files.sums()}
 
     def check(self, mappings: list[Mapping]) -> None:
         """See `import_model.Source`."""

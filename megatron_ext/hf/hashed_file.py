@@ -1,11 +1,14 @@
-"""A file that is written once, from its beginning to its end, and whose SHA-256 is known when it is closed."""
+"""A file that is written once, from its beginning to its end, and whose sum is known when it is closed."""
 
-import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
+from blake3 import blake3
+
+from megatron_ext.checkpoint_files import SUM
 from megatron_ext.hf.block_writing import write_blocks
+from megatron_ext.hf.early_sync import EarlySync
 
 LARGE = 2**20
 """Bytes from which on a second thread is worth waking."""
@@ -23,9 +26,10 @@ class HashedFile:
             path: of a file that does not exist.
         """
         self._file = open(path, "xb")  # noqa: SIM115 - closed by `__exit__`
-        self._digest = hashlib.sha256()
+        self._digest = blake3()
         self._size = 0
         self._hasher = ThreadPoolExecutor(max_workers=1)
+        self._sync = EarlySync(self._file)
         self._refusal: OSError | None = None
 
     def __enter__(self) -> "HashedFile":
@@ -34,15 +38,16 @@ class HashedFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._hasher.shutdown()
         try:
-            self._file.close()
+            with self._file:
+                self._sync.__exit__(kind, error, trace)
         finally:
             if self._refusal is not None:  # torch hides it behind an error of its own
                 raise self._refusal from None
 
     @property
     def description(self) -> dict[str, int | str]:
-        """Size and SHA-256 of what was written, as `run.json` keeps them."""
-        return {"bytes": self._size, "sha256": self._digest.hexdigest()}
+        """Size and sum of what was written, as `run.json` keeps them."""
+        return {"bytes": self._size, SUM: self._digest.hexdigest()}
 
     def write(self, data: bytes | memoryview) -> int:
         """Append bytes; they are not needed any more when it returns. Returns how many."""
@@ -74,3 +79,4 @@ class HashedFile:
             finally:
                 summed.result()
         self._size += len(block)
+        self._sync.wrote(len(block))

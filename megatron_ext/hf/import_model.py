@@ -49,7 +49,7 @@ class Source(Protocol):
         """Put the tokenizer into a new folder; returns what to load it from: the folder, or a file in it."""
 
     def sums(self) -> dict[str, str]:
-        """SHA-256 of the files that it was read from, by name; asked for when all was read."""
+        """BLAKE3 sums of the files that it was read from, by name; asked for when all was read."""
 
     def check(self, mappings: list[Mapping]) -> None:
         """Refuse what the table does not ask for, lacks, or asks for otherwise."""

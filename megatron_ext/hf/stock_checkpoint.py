@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_ext.checkpoint_files import sha256
+from megatron_ext.checkpoint_files import file_sum
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.errors import UserError, one_line, warn
 from megatron_ext.hf.checkpoint_reader import CheckpointReader
@@ -101,7 +101,7 @@ class StockSource:
 
     def sums(self) -> dict[str, str]:
         """See `import_model.Source`."""
-        return {path.name: sha256(path) for path in self._files}
+        return {path.name: file_sum(path) for path in self._files}
 
     def check(self, mappings: list[Mapping]) -> None:
         """Hold names, shapes and dtypes against the table, so that nothing is left out or made up.

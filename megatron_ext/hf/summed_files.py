@@ -1,4 +1,4 @@
-"""The weight files of a Hugging Face folder: which they are, and their SHA-256, made in the background. Without torch.
+"""The weight files of a Hugging Face folder: which they are, and their sums, made in the background. Without torch.
 
 A conversion begins to sum before it imports torch, which takes longer than summing a gigabyte.
 """
@@ -8,7 +8,7 @@ import os
 import threading
 from pathlib import Path
 
-from megatron_ext.checkpoint_files import sha256
+from megatron_ext.checkpoint_files import file_sum
 from megatron_ext.errors import UserError, one_line
 
 SINGLE_FILE = "model.safetensors"
@@ -36,7 +36,7 @@ class SummedFiles:
             self._thread.start()
 
     def sums(self) -> dict[str, str]:
-        """SHA-256 of every file, by its name, when all are there.
+        """BLAKE3 sum of every file, by its name, when all are there.
 
         Raises:
             UserError: a file cannot be read.
@@ -50,7 +50,7 @@ class SummedFiles:
     def _run(self) -> None:
         for path in self.paths:
             try:
-                self._found[path.name] = sha256(path)
+                self._found[path.name] = file_sum(path)
             except Exception as error:  # the thread has nobody else to tell
                 self._error = f"{path} cannot be read ({one_line(error)})"
                 return

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_ext.errors import UserError
 from megatron_ext.hf.block_writing import write_blocks
 from megatron_ext.hf.checkpoint_reader import CheckpointReader
+from megatron_ext.hf.early_sync import EarlySync
 from megatron_ext.hf.finite import all_finite
 from megatron_ext.hf.one_ahead import one_ahead
 from megatron_ext.hf.weight_map import Mapping
@@ -112,11 +113,12 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     waiting = iter(shapes.items())
-    with open(path, "xb") as file:
+    with open(path, "xb") as file, EarlySync(file) as sync:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in one_ahead(tensors):
             assert (name, tuple(tensor.shape)) == next(waiting) and tensor.dtype == dtype, name
             write_blocks(file, memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+            sync.wrote(tensor.nbytes)
             del tensor  # before the next but one is made
         assert next(waiting, None) is None, path
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import yaml
+from blake3 import blake3
 
 from megatron_ext.checkpoint_files import find_damage
 from megatron_ext.hf.checkpoint_reader import CheckpointReader
@@ -206,7 +207,7 @@ def assert_whole(checkpoint: Path) -> None:
     assert names - {"run.json"} == set(recorded)
     for name, record in recorded.items():
         content = (checkpoint / name).read_bytes()
-        assert (len(content), hashlib.sha256(content).hexdigest()) == (record["bytes"], record["sha256"]), name
+        assert (len(content), blake3(content).hexdigest()) == (record["bytes"], record["blake3"]), name
     reader = CheckpointReader(checkpoint)
     assert reader.tensors
     for name in reader.tensors:

@@ -1,6 +1,5 @@
 """Checkpoints that attack whoever opens them: nothing of theirs runs, whichever door they come in by."""
 
-import hashlib
 import io
 import json
 import os
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
@@ -66,7 +66,7 @@ def _sign(checkpoint: Path, **changes: Any) -> None:
     record = _record(checkpoint) | changes
     for name in record["files"]:
         content = (checkpoint / name).read_bytes()
-        record["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        record["files"][name] = {"bytes": len(content), "blake3": blake3(content).hexdigest()}
     (checkpoint / "run.json").write_text(json.dumps(seal(record)))
 
 

@@ -1,6 +1,7 @@
 """What is damage in a checkpoint and what is not, and what retention and a new save may never take away."""
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from megatron_ext.checkpoint_files import (
     RUN_FILE,
     complete_checkpoints,
     describe_files,
+    file_sum,
     find_damage,
     published_checkpoints,
     seal,
@@ -70,13 +72,33 @@ def test_what_a_newer_version_wrote_is_not_called_damaged(tmp_path: Path) -> Non
         find_damage(checkpoint)
 
 
+def test_sums_are_those_that_the_standards_give_for_abc(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    assert file_sum(tmp_path / "file") == "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"
+    earlier = file_sum(tmp_path / "file", "sha256")
+    assert earlier == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_checkpoint_summed_with_sha256_is_still_held_against_its_sums(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, 10)
+    file = checkpoint / "__0_0.distcp"
+    content = file.read_bytes()
+    files = {file.name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+    record = json.loads((checkpoint / RUN_FILE).read_text()) | {"files": files}
+    del record["record_sha256"]
+    (checkpoint / RUN_FILE).write_text(json.dumps(seal(record)))
+    assert find_damage(checkpoint) == {}
+    file.write_bytes(content[:-1] + b"?")
+    assert "has the sha256 sum" in find_damage(checkpoint)[file.name]
+
+
 def test_a_disk_that_errs_is_not_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = write_checkpoint(tmp_path, 10)
 
-    def failing(path: Path) -> str:
+    def failing(path: Path, kind: str) -> str:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("megatron_ext.checkpoint_files.sha256", failing)
+    monkeypatch.setattr("megatron_ext.checkpoint_files.file_sum", failing)
     with pytest.raises(UnreadableError, match="__0_0.distcp cannot be read"):
         find_damage(checkpoint)
 

@@ -1,6 +1,5 @@
 """Conversion moves one tensor at a time: the bytes are safetensors' own, the memory is bounded, and a failure leaves nothing."""
 
-import hashlib
 import io
 import struct
 import weakref
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -69,7 +69,7 @@ def test_the_source_reads_what_safetensors_wrote(dtype: torch.dtype, tmp_path: P
         read.zero_()  # a private view: the file stays as it is
     assert source.read("empty").shape == (0, 3)
     assert (tmp_path / "model.safetensors").read_bytes() == before
-    assert source.files.sums() == {"model.safetensors": hashlib.sha256(before).hexdigest()}
+    assert source.files.sums() == {"model.safetensors": blake3(before).hexdigest()}
 
 
 def test_a_source_that_becomes_shorter_is_one_line(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_one_tensor_of_a_checkpoint_is_alive_while_the_next_is_made(tmp_path: Pa
     written = write_tensors(tmp_path, tensors)
     assert len(alive) == 20 and most <= 1
     content = (tmp_path / TENSOR_FILE).read_bytes()
-    assert written == {TENSOR_FILE: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+    assert written == {TENSOR_FILE: {"bytes": len(content), "blake3": blake3(content).hexdigest()}}
 
 
 def test_one_tensor_of_a_model_is_alive_while_the_next_is_made(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_sums_are_those_of_the_file(tmp_path: Path) -> None:
         assert file.tell() == sum(map(len, pieces))
     content = (tmp_path / "file").read_bytes()
     assert content == b"".join(pieces)
-    assert file.description == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert file.description == {"bytes": len(content), "blake3": blake3(content).hexdigest()}
 
 
 def test_a_write_that_fails_leaves_nothing_and_says_why(tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_a_file_that_cannot_be_summed_is_named(tmp_path: Path, monkeypatch: pyte
     def fails(path: Path) -> str:
         raise MemoryError("no room")
 
-    monkeypatch.setattr(summed_files, "sha256", fails)
+    monkeypatch.setattr(summed_files, "file_sum", fails)
     with pytest.raises(UserError, match=r"model.safetensors cannot be read \(MemoryError: no room\)"):
         summed_files.SummedFiles(tmp_path).sums()
 

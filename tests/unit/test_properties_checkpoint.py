@@ -65,7 +65,7 @@ RECORD: dict[str, Any] = {
     "parallel": {"tensor": 1},
     "config": CONFIG,
     "versions": {"torch": "2.13.0"},
-    "files": {"__0_0.distcp": {"bytes": 12, "sha256": DIGEST}, "common.pt": {"bytes": 12, "sha256": DIGEST}},
+    "files": {"__0_0.distcp": {"bytes": 12, "blake3": DIGEST}, "common.pt": {"bytes": 12, "sha256": DIGEST}},
     "changes": [
         {"step": 10, "field": "training.global_batch_size", "before": 4, "now": 8, "effect": "", "final": False},
         {"step": 20, "field": "data.sequence_length", "before": 32, "now": 64, "effect": "", "final": False},
