@@ -20,6 +20,7 @@ import numpy as np
 from benchmarks.alternating import take_turns
 from benchmarks.memory import peak, reset_peak
 from benchmarks.own_run import own_groups, own_step
+from benchmarks.trainer_peer import trainer_step
 from megatron_ext.errors import run_command
 
 MASK_RATIO = 0.4
@@ -113,15 +114,13 @@ def build_ours(shape: Shape, objective: str, stack: ExitStack) -> Step:
     return step
 
 
-def build_transformers(shape: Shape, objective: str, stack: ExitStack) -> Step:
-    """transformers in a plain loop: SDPA and fused AdamW."""
-    import torch
+def transformers_model(encoder: Any, vocab_size: int, objective: str) -> Any:
+    """transformers' model of our sizes, with SDPA."""
     import transformers
 
-    encoder, batch = encoder_of(shape), make_batch(shape, objective)
     kind = "Llama" if objective == "clm" else "EuroBert"
     config = getattr(transformers, f"{kind}Config")(
-        vocab_size=shape.vocab_size,
+        vocab_size=vocab_size,
         hidden_size=encoder.hidden_size,
         intermediate_size=encoder.ffn_hidden_size,
         num_hidden_layers=encoder.num_layers,
@@ -133,7 +132,14 @@ def build_transformers(shape: Shape, objective: str, stack: ExitStack) -> Step:
         pad_token_id=0,
         attn_implementation="sdpa",
     )
-    model = getattr(transformers, "LlamaForCausalLM" if objective == "clm" else "EuroBertForMaskedLM")(config).train()
+    return getattr(transformers, "LlamaForCausalLM" if objective == "clm" else "EuroBertForMaskedLM")(config).train()
+
+
+def build_transformers(shape: Shape, objective: str, stack: ExitStack) -> Step:
+    """transformers in a plain loop: SDPA and fused AdamW."""
+    import torch
+
+    batch, model = make_batch(shape, objective), transformers_model(encoder_of(shape), shape.vocab_size, objective)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     tokens, labels = torch.from_numpy(batch.tokens), torch.from_numpy(batch.labels)
 
@@ -146,6 +152,15 @@ def build_transformers(shape: Shape, objective: str, stack: ExitStack) -> Step:
         return loss.item()
 
     return step
+
+
+def build_trainer(shape: Shape, objective: str, stack: ExitStack) -> Step:
+    """transformers' `Trainer`: the same model and optimizer in its loop."""
+    import torch
+
+    batch, model = make_batch(shape, objective), transformers_model(encoder_of(shape), shape.vocab_size, objective)
+    tokens, labels = torch.from_numpy(batch.tokens), torch.from_numpy(batch.labels)
+    return trainer_step(model, tokens, labels, LEARNING_RATE, CLIP, stack)
 
 
 def build_megatron_core(shape: Shape, objective: str, stack: ExitStack) -> Step:
@@ -208,10 +223,17 @@ def build_megatron_core(shape: Shape, objective: str, stack: ExitStack) -> Step:
     return step
 
 
-CONTENDERS = {"megatron_ext": build_ours, "transformers": build_transformers, "megatron_core": build_megatron_core}
+CONTENDERS = {
+    "megatron_ext": build_ours,
+    "transformers": build_transformers,
+    "trainer": build_trainer,
+    "megatron_core": build_megatron_core,
+}
+TRANSFORMERS = ["transformers.models.llama.modeling_llama", "transformers.models.eurobert.modeling_eurobert"]
 LIBRARIES = {
     "megatron_ext": ["megatron_ext.train.trainer"],
-    "transformers": ["transformers.models.llama.modeling_llama", "transformers.models.eurobert.modeling_eurobert"],
+    "transformers": TRANSFORMERS,
+    "trainer": [*TRANSFORMERS, "transformers.trainer"],
     "megatron_core": ["megatron.core.models.gpt", "megatron_ext.runtime.topology"],
 }
 """What each needs, imported before memory is counted."""

@@ -101,9 +101,9 @@ def replay_is_exact(out: Path) -> bool:
 
 
 def shard_sums(checkpoint: Path) -> dict[str, str]:
-    """SHA-256 of the files that hold a checkpoint's weights and optimizer moments."""
+    """Sums of the files that hold a checkpoint's weights and optimizer moments."""
     files = json.loads((checkpoint / "run.json").read_text())["files"]
-    return {name: file["sha256"] for name, file in files.items() if name.endswith(".distcp")}
+    return {name: file["blake3"] for name, file in files.items() if name.endswith(".distcp")}
 
 
 def unigram_baseline(checkpoint: Path) -> float:

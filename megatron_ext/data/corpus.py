@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import numpy as np
+
 from megatron_ext.data.readers import (
     ReaderSettings,
     Reject,
@@ -32,6 +34,8 @@ from megatron_ext.data.readers import (
 )
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.errors import UserError
+from megatron_ext.runtime.compiler import leave_out_compiler
+from megatron_ext.runtime.quick_start import without_garbage_collection
 
 FORMAT_VERSION = 1
 HASHING_THREADS = 8
@@ -238,7 +242,8 @@ def _results(tasks: dict[int, tuple[_Job, dict]], workers: int | None) -> Iterat
         for index, task in tasks.items():
             yield index, _make_shard(*task)
         return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_indexed_dataset) as pool:
         futures = {pool.submit(_make_shard, *task): index for index, task in tasks.items()}
         try:
             for future in as_completed(futures):
@@ -278,9 +283,9 @@ def _make_shard(job: _Job, identity: dict) -> Counts:
         rejects = RejectList(stream)
         for record in read_documents(job.source, job.reader):
             if not isinstance(record, Reject):
-                ids = tokenizer.encode(record[1])
-                if ids:
-                    ids += [] if job.eos_id is None else [job.eos_id]
+                ids = tokenizer.encode_array(record[1])
+                if len(ids):
+                    ids = ids if job.eos_id is None else np.append(ids, job.eos_id)
                     builder.add_document(ids, [len(ids)])
                     counts.documents, counts.tokens = counts.documents + 1, counts.tokens + len(ids)
                     continue
@@ -304,8 +309,9 @@ def _builder(path: str, tokenizer: Tokenizer):
 
 
 def _indexed_dataset():
-    """Megatron's module, imported without its warnings about Transformer Engine and Apex, which tokenizing has no use for."""
-    with warnings.catch_warnings():
+    """Megatron's module, imported in half the time, and without warnings about packages that tokenizing has no use for."""
+    leave_out_compiler()
+    with warnings.catch_warnings(), without_garbage_collection():
         warnings.simplefilter("ignore", UserWarning)
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset

@@ -62,6 +62,10 @@ class Tokenizer(Protocol):
         """Token ids of a text."""
         ...
 
+    def encode_array(self, text: str) -> np.ndarray:
+        """[n] int32, the same ids without a Python object for each."""
+        ...
+
     def decode(self, ids: list[int]) -> str:
         """Text of token ids."""
         ...
@@ -131,6 +135,10 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer`."""
         return self._processor.encode(text)
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """See `Tokenizer`."""
+        return self._processor.encode(text, return_type="numpy")
 
     def decode(self, ids: list[int]) -> str:
         """See `Tokenizer`."""
@@ -214,6 +222,10 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer`."""
         return self._pipeline.encode(text, add_special_tokens=False).ids
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """See `Tokenizer`."""
+        return np.array(self.encode(text), dtype=np.int32)
 
     def decode(self, ids: list[int]) -> str:
         """See `Tokenizer`."""
