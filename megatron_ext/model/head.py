@@ -50,9 +50,10 @@ class LanguageModelHead(ColumnParallelLinear):
         Returns:
             float32 scalar, equal on all tensor-parallel ranks.
         """
+        is_tied = weight is not None
         weight = self.weight if weight is None else weight
         rows = self._gather(hidden).index_select(0, positions)
-        return _ChunkedCrossEntropy.apply(rows, weight, target_ids, self.first_id, self.valid_rows, self.tp_group)
+        return _ChunkedCrossEntropy.apply(rows, weight, target_ids, self.first_id, self.valid_rows, self.tp_group, is_tied)
 
     def logits(self, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
         """Logits at every position, padded rows included: [t, 1, h] -> [t, padded vocabulary]. For checks, not for training."""
@@ -73,13 +74,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, target_ids: Tensor, first_id: int, valid_rows: int, group: ProcessGroup
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        target_ids: Tensor,
+        first_id: int,
+        valid_rows: int,
+        group: ProcessGroup,
+        is_tied: bool,
     ) -> Tensor:
         needs_grad = any(ctx.needs_input_grad)
         valid = weight[:valid_rows]
         loss = torch.zeros((), dtype=torch.float32, device=rows.device)
         grad_rows = torch.empty_like(rows) if needs_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        grad_weight = _start_of_gradient(weight, valid_rows, rows.shape[0] == 0) if needs_grad else None
         step = max(1, LOGITS_PER_CHUNK // max(1, valid_rows))
         for start in range(0, rows.shape[0], step):
             chunk = rows[start : start + step]
@@ -89,15 +97,46 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if needs_grad:
                 grad_logits = logits.to(rows.dtype)
                 torch.mm(grad_logits, valid, out=grad_rows[start : start + step])
-                grad_weight[:valid_rows] += grad_logits.t() @ chunk
+                _add_product(grad_weight[:valid_rows], grad_logits.t(), chunk, is_first=start == 0)
         ctx.save_for_backward(grad_rows, grad_weight)
-        ctx.dtype = weight.dtype
+        ctx.weight, ctx.is_tied = weight, is_tied
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_rows, grad_weight = ctx.saved_tensors
-        return grad_rows * grad_loss.to(grad_rows.dtype), (grad_weight * grad_loss).to(ctx.dtype), None, None, None, None
+        grad_rows *= grad_loss.to(grad_rows.dtype)
+        if ctx.is_tied or not hasattr(ctx.weight, "main_grad"):
+            return grad_rows, (grad_weight * grad_loss).to(ctx.weight.dtype), None, None, None, None, None
+        return grad_rows, _hand_over(grad_weight, grad_loss, ctx.weight), None, None, None, None, None
+
+
+def _start_of_gradient(weight: Tensor, valid_rows: int, is_all: bool) -> Tensor:
+    """Float32 memory for a weight's gradient. Rows that the first chunk's product fills are not cleared."""
+    grad_weight = torch.empty_like(weight, dtype=torch.float32)
+    grad_weight[0 if is_all else valid_rows :].zero_()
+    return grad_weight
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
+    """Add left @ right to a float32 sum, in place and without a temporary where the dtypes allow it."""
+    if left.dtype is not total.dtype:
+        product = left @ right
+        total.copy_(product) if is_first else total.add_(product)
+    elif is_first:
+        torch.mm(left, right, out=total)
+    else:
+        total.addmm_(left, right)
+
+
+def _hand_over(grad_weight: Tensor, grad_loss: Tensor, weight: Tensor) -> Tensor:
+    """Add the gradient to the weight's buffer here; returns a tensor without meaning, as megatron's layers do in its stead.
+
+    A tied weight gets a second gradient, of the embedding, which is added up with what the head returns: that one must be real.
+    """
+    weight.main_grad.addcmul_(grad_weight, grad_loss.to(grad_weight.dtype))
+    weight.grad_added_to_main_grad = True
+    return torch.empty_like(weight)
 
 
 def _cross_entropy_(logits: Tensor, local_ids: Tensor, group: ProcessGroup) -> Tensor:

@@ -27,6 +27,7 @@ from torch import Tensor
 from megatron_ext.config import PrecisionConfig, Recompute
 from megatron_ext.model.attention import DocumentAttention
 from megatron_ext.model.fp8_emulation import EmulatedColumnParallelLinear, EmulatedRowParallelLinear
+from megatron_ext.model.lean import RMSNormFunction, SwiGLUFunction
 from megatron_ext.model.presets import EncoderConfig
 from megatron_ext.runtime.capabilities import can_fuse_weight_gradients
 from megatron_ext.runtime.precision import FP8_RECIPES, has_kernels, stays_in_bf16, transformer_settings
@@ -56,7 +57,18 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., h] -> [..., h]."""
-        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+        if hidden.is_cuda:
+            return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+        return RMSNormFunction.apply(hidden, self.weight, self.eps)
+
+
+class GatedMLP(MLP):
+    """megatron's MLP with SwiGLU in one operation, for machines without the fused kernels."""
+
+    def forward(self, hidden_states: Tensor, per_token_scale: None = None, **kwargs: Any) -> tuple[Tensor, None]:
+        """[t, 1, h] -> [t, 1, h] and no bias."""
+        both, _ = self.linear_fc1(hidden_states)
+        return self.linear_fc2(SwiGLUFunction.apply(both))
 
 
 RECOMPUTE: dict[Recompute, dict[str, Any]] = {
@@ -169,7 +181,7 @@ def _local_layer(config: EncoderTransformerConfig, in_bf16: bool) -> ModuleSpec:
             self_attention=_self_attention(attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=_mlp(column, row),
+            mlp=_mlp(column, row, GatedMLP),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=dict(FUSED_NAMES),
         ),
@@ -214,5 +226,5 @@ def _self_attention(submodules: SelfAttentionSubmodules) -> ModuleSpec:
     return ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.no_mask}, submodules=submodules)
 
 
-def _mlp(linear_fc1: type, linear_fc2: type) -> ModuleSpec:
-    return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=linear_fc2))
+def _mlp(linear_fc1: type, linear_fc2: type, module: type = MLP) -> ModuleSpec:
+    return ModuleSpec(module=module, submodules=MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=linear_fc2))

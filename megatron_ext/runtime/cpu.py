@@ -55,6 +55,7 @@ def patch_megatron() -> None:
         patch_rng_tracker()
         patch_cuda_constants()
         patch_tensor_lists()
+        patch_weight_gradients()
 
 
 def patch_cuda_runtime() -> None:
@@ -183,6 +184,23 @@ class _OnMeta(TorchFunctionMode):
         if function is torch.Tensor.type and len(args) == 1 and args[0].is_meta:
             return function(*args).replace("torch.meta.", self._prefix)
         return function(*args, **kwargs)
+
+
+def patch_weight_gradients() -> None:
+    """The product that gives a weight's gradient adds it to the gradient buffer, which megatron has only as Apex's CUDA kernel.
+
+    Layers take it whose `gradient_accumulation_fusion` is on, which `train.build` does once they have a buffer.
+    """
+    layers = importlib.import_module("megatron.core.tensor_parallel.layers")
+    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=_add_weight_gradient)
+
+
+def _add_weight_gradient(rows: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+    """[t, in], [t, out] -> added to [out, in] in float32."""
+    if rows.dtype is main_grad.dtype:
+        main_grad.addmm_(grad_output.t(), rows)
+    else:
+        main_grad.add_(grad_output.t() @ rows)
 
 
 def patch_tensor_lists() -> None:

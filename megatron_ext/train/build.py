@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 
@@ -75,11 +76,20 @@ def wrap_model(chunks: list[EncoderModel], layout: Layout) -> list[torch.nn.Modu
             **data_parallel_settings(chunk.config.precision),
         )
         wrapped.append(DistributedDataParallel(chunk.config, ddp, module, disable_bucketing=number > 0))
+        if not torch.cuda.is_available():
+            _add_gradients_in_place(chunk)
     if layout.overlap_gradient_reduce:
         # Only the last micro-batch's gradients are on their way while the backward pass goes on.
         no_sync = [chunk.no_sync for chunk in wrapped]
         chunks[0].config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped
+
+
+def _add_gradients_in_place(chunk: EncoderModel) -> None:
+    """From now on the layers' weights have a gradient buffer: products add to it, and no gradient of its own is made."""
+    for module in chunk.modules():
+        if type(module) in (ColumnParallelLinear, RowParallelLinear):  # those of emulated FP8 have products of their own
+            module.gradient_accumulation_fusion = True
 
 
 @contextmanager

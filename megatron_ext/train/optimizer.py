@@ -10,6 +10,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from megatron_ext.config import OptimizerConfig, PrecisionConfig
 from megatron_ext.objective import PhasePlan
+from megatron_ext.runtime.adamw import FusedAdamW
 from megatron_ext.runtime.precision import optimizer_settings
 
 
@@ -78,7 +79,11 @@ def update(optimizer: Any, norm: float) -> None:
     cut in two so that a step with a norm that is not finite can be left out."""
     for part in _parts(optimizer):
         parameters = part.get_parameters()
-        if parameters and part.config.clip_grad > 0:
+        if not parameters or part.config.clip_grad <= 0:
+            continue
+        if isinstance(part.optimizer, FusedAdamW):
+            part.optimizer.gradient_divisor = max(1.0, norm / part.config.clip_grad)
+        else:
             clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
     optimizer.step_with_ready_grads()
 
