@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 PYTHON312 ?= python3.12
 COMPAT := .venv-compat
 
-.PHONY: install demo adapt test test-compat test-slow test-gpu soak bench-conversion bench-memory fp8-study lint clean
+.PHONY: install demo adapt test test-compat test-slow test-gpu soak bench bench-conversion bench-memory fp8-study lint clean
 
 install: $(INSTALLED)
 
@@ -49,6 +49,10 @@ test-gpu: install
 # One run killed at random 30 times, with damaged checkpoints, against the undisturbed one. Results in build/soak.
 soak: install
 	$(BIN)/python -m tests.soak.run --output-dir build/soak
+
+# Speed beside the alternatives and the hardware's limits, in turns: an hour on an idle machine. Results in build/bench.
+bench: install
+	$(BIN)/python -m benchmarks --output-dir build/bench
 
 # Time and memory of import and export beside a plain copy, and parity for each family. Results in build/conversion.
 bench-conversion: install

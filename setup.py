@@ -48,6 +48,7 @@ setup(
             "scipy>=1.13,<2",
             "setuptools>=77",
             "zstandard>=0.23",
+            "accelerate>=1.1,<2",  # transformers' Trainer, a peer of the benchmarks
         ],
     },
 )

@@ -99,9 +99,9 @@ def build_ours(shape: Shape, objective: str, stack: ExitStack) -> Step:
     import torch
 
     from megatron_ext.config import OptimizerConfig
-    from megatron_ext.runtime.allocator import give_back_freed_memory
+    from megatron_ext.runtime.allocator import keep_freed_memory
 
-    give_back_freed_memory()
+    keep_freed_memory()
     encoder, micro_batch = encoder_of(shape), own_micro_batch(shape, objective)
     layout, backend = stack.enter_context(own_groups(encoder, shape.batch_size))
     config = OptimizerConfig(learning_rate=LEARNING_RATE, clip_grad_norm=CLIP)

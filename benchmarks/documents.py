@@ -68,9 +68,9 @@ def build_own(sequence_length: int, is_packed: bool, stack: ExitStack) -> Callab
     from megatron_ext.config import OptimizerConfig
     from megatron_ext.data.batch import collate
     from megatron_ext.objective import OBJECTIVES, Example
-    from megatron_ext.runtime.allocator import give_back_freed_memory
+    from megatron_ext.runtime.allocator import keep_freed_memory
 
-    give_back_freed_memory()
+    keep_freed_memory()
     vocab_size = SHAPES["tiny"].vocab_size
     batches = []
     for row in make_rows(sequence_length, vocab_size):

@@ -79,10 +79,10 @@ def _be(preset: str, length: int) -> int:
 
     import megatron_ext.train.trainer  # noqa: F401 - before memory is counted
     from megatron_ext.config import OptimizerConfig
-    from megatron_ext.runtime.allocator import give_back_freed_memory
+    from megatron_ext.runtime.allocator import keep_freed_memory
     from megatron_ext.train.metrics import peak_flops
 
-    give_back_freed_memory()
+    keep_freed_memory()
     encoder = dataclasses.replace(PRESETS[preset](), max_position_embeddings=max(2048, length))
     batch = own_micro_batch(Shape(preset, None, VOCAB_SIZE, 1, length), "mlm")
     peak_flops(torch.device("cpu"))

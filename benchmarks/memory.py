@@ -115,9 +115,9 @@ def measure(row: Row) -> dict[str, Any]:
     from megatron_ext.config import OptimizerConfig, PrecisionConfig, TrainingConfig
     from megatron_ext.model.presets import PRESETS
     from megatron_ext.plan.memory import rank_memory
-    from megatron_ext.runtime.allocator import give_back_freed_memory
+    from megatron_ext.runtime.allocator import keep_freed_memory
 
-    give_back_freed_memory()
+    keep_freed_memory()
     dtype = torch.float32 if row.recipe == "fp32" else torch.bfloat16
     encoder = dataclasses.replace(PRESETS[row.preset](), **row.changes)
     training = TrainingConfig(micro_batch_size=row.micro_batch_size, global_batch_size=row.micro_batch_size * row.micro_batches)

@@ -39,10 +39,10 @@ def build(arguments: argparse.Namespace, stack: ExitStack) -> Any:
     import torch
 
     from megatron_ext.config import OptimizerConfig, ParallelConfig
-    from megatron_ext.runtime.allocator import give_back_freed_memory
+    from megatron_ext.runtime.allocator import keep_freed_memory
     from megatron_ext.runtime.topology import world_size_from_environment
 
-    give_back_freed_memory()
+    keep_freed_memory()
     shape = SHAPES[arguments.shape]
     encoder = encoder_of(shape)
     sizes = {name: getattr(arguments, name) for name in ("tensor", "pipeline", "context")}

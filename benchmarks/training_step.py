@@ -1,6 +1,6 @@
 """An optimizer step of this project beside transformers and plain megatron-core: the same sizes, the same batch, taking turns.
 
-python -m benchmarks.training_step --output-dir build/training_step --shapes tiny --objectives mlm clm
+python -m benchmarks.training_step --output-dir build/bench/training_step --shapes tiny --objectives mlm clm
 
 Each contender has a process of its own. After the warm-up they make a step each, in turns; ratios are those of neighbours. Peak
 memory is the largest resident size since the libraries were imported. FLOPs are counted as in `megatron_ext.model.flops`: the share
@@ -32,7 +32,7 @@ WARM_UP = 2
 def main() -> int:
     """Measure, write JSON and a table."""
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, default=Path("build/training_step"))
+    parser.add_argument("--output-dir", type=Path, default=Path("build/bench/training_step"))
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["tiny", "210m"])
     parser.add_argument("--objectives", nargs="+", choices=("mlm", "clm"), default=["mlm", "clm"])
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS)

@@ -27,9 +27,9 @@ from torch import Tensor
 from megatron_ext.config import PrecisionConfig, Recompute
 from megatron_ext.model.attention import DocumentAttention
 from megatron_ext.model.fp8_emulation import EmulatedColumnParallelLinear, EmulatedRowParallelLinear
-from megatron_ext.model.lean import RMSNormFunction, SwiGLUFunction
 from megatron_ext.model.presets import EncoderConfig
 from megatron_ext.runtime.capabilities import can_fuse_weight_gradients
+from megatron_ext.runtime.cpu_kernels import rms_norm, swiglu
 from megatron_ext.runtime.precision import FP8_RECIPES, has_kernels, stays_in_bf16, transformer_settings
 from megatron_ext.runtime.topology import Layout
 
@@ -59,16 +59,18 @@ class RMSNorm(torch.nn.Module):
         """[..., h] -> [..., h]."""
         if hidden.is_cuda:
             return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
-        return RMSNormFunction.apply(hidden, self.weight, self.eps)
+        return rms_norm(hidden, self.weight, self.eps)
 
 
-class GatedMLP(MLP):
-    """megatron's MLP with SwiGLU in one operation, for machines without the fused kernels."""
+class SwiGLU(torch.nn.Module):
+    """The gate of megatron's MLP as one operation, in the place that megatron has for a module of Transformer Engine."""
 
-    def forward(self, hidden_states: Tensor, per_token_scale: None = None, **kwargs: Any) -> tuple[Tensor, None]:
-        """[t, 1, h] -> [t, 1, h] and no bias."""
-        both, _ = self.linear_fc1(hidden_states)
-        return self.linear_fc2(SwiGLUFunction.apply(both))
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+
+    def forward(self, both: Tensor) -> Tensor:
+        """[..., 2 f] with the gate first -> [..., f]."""
+        return swiglu(both)
 
 
 RECOMPUTE: dict[Recompute, dict[str, Any]] = {
@@ -149,8 +151,9 @@ def transformer_config(
         gradient_accumulation_fusion=can_fuse_weight_gradients(layers),
         bias_dropout_fusion=with_te,
         bias_activation_fusion=with_te,
+        use_te_activation_func=not with_te,  # that is: an activation that is a module, here `SwiGLU`
         masked_softmax_fusion=False,
-        apply_rope_fusion=with_te,
+        apply_rope_fusion=with_te or not torch.cuda.is_available(),  # `cpu_kernels` has one
         **RECOMPUTE[recompute],
     )
 
@@ -181,7 +184,7 @@ def _local_layer(config: EncoderTransformerConfig, in_bf16: bool) -> ModuleSpec:
             self_attention=_self_attention(attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=_mlp(column, row, GatedMLP),
+            mlp=_mlp(column, row, SwiGLU),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=dict(FUSED_NAMES),
         ),
@@ -226,5 +229,7 @@ def _self_attention(submodules: SelfAttentionSubmodules) -> ModuleSpec:
     return ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.no_mask}, submodules=submodules)
 
 
-def _mlp(linear_fc1: type, linear_fc2: type, module: type = MLP) -> ModuleSpec:
-    return ModuleSpec(module=module, submodules=MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=linear_fc2))
+def _mlp(linear_fc1: type, linear_fc2: type, activation: type | None = None) -> ModuleSpec:
+    return ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=linear_fc2, activation_func=activation)
+    )

@@ -1,21 +1,21 @@
-"""Memory that a CPU run has freed goes back to the system, so that its peak is what it holds and not what it has scattered."""
+"""Memory that a CPU run has freed stays with it, so that the kernel need not hand it out, and clear it, again in every step."""
 
 import ctypes
 import os
 
-M_MMAP_THRESHOLD = -3
-"""glibc's number of the setting, from malloc.h."""
-THRESHOLD = 2**20
-OWN_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""glibc's numbers of the settings, from malloc.h."""
+SETTINGS = {M_TRIM_THRESHOLD: 2**31 - 1, M_MMAP_THRESHOLD: 2**30}
+OWN_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 """Environment variables by which a user sets this; what they say stays."""
 
 
-def give_back_freed_memory() -> bool:
-    """Let glibc map blocks of 1 MiB and more one by one, and unmap them when they are freed.
+def keep_freed_memory() -> bool:
+    """Let glibc keep what is freed, instead of giving blocks above a limit of at most 32 MiB back to the system.
 
-    It does so by itself at first, but raises the limit up to 32 MiB as such blocks are freed. Tensors below it then come from a
-    heap whose holes an aligned block of the same size does not fit into (before glibc 2.38): a step's peak grew by a quarter to
-    a half. The price is that the kernel clears the pages anew, a few percent of a run's processor time: docs/results/memory.md.
+    A step makes and drops tensors of the same sizes again and again. Mapped anew each time, every page is cleared by the kernel:
+    a fifth to a third of a step's processor time. The price is a peak that is 5 to 20 % higher, for a block does not always fit
+    into the hole that one of the same size left: docs/results/memory.md.
 
     Returns:
         Whether it was set: not with another C library, nor against the user's own setting.
@@ -23,4 +23,4 @@ def give_back_freed_memory() -> bool:
     if any(name in os.environ for name in OWN_SETTINGS):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and mallopt(M_MMAP_THRESHOLD, THRESHOLD) == 1
+    return mallopt is not None and all(mallopt(setting, value) == 1 for setting, value in SETTINGS.items())

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 from megatron_ext.runtime.adamw import FusedAdamW
+from megatron_ext.runtime.cpu_kernels import rotate
 from megatron_ext.runtime.megatron_versions import check_version
 from megatron_ext.runtime.writer import patch_checkpoint_writer
 
@@ -56,6 +57,8 @@ def patch_megatron() -> None:
         patch_cuda_constants()
         patch_tensor_lists()
         patch_weight_gradients()
+        patch_rotation()
+        patch_embedding()
 
 
 def patch_cuda_runtime() -> None:
@@ -201,6 +204,21 @@ def _add_weight_gradient(rows: torch.Tensor, grad_output: torch.Tensor, main_gra
         main_grad.addmm_(grad_output.t(), rows)
     else:
         main_grad.add_(grad_output.t() @ rows)
+
+
+def patch_rotation() -> None:
+    """megatron turns queries and keys with a kernel of Transformer Engine, or in ten passes over memory."""
+    importlib.import_module("megatron.core.models.common.embeddings.rope_utils").fused_apply_rotary_pos_emb = rotate
+
+
+def patch_embedding() -> None:
+    """The gradient of a look-up has the rows that were looked up: added to the gradient buffer, not a vocabulary of zeros."""
+    layers = importlib.import_module("megatron.core.tensor_parallel.layers")
+    layers.F = types.SimpleNamespace(**{**vars(torch.nn.functional), "embedding": _look_up})
+
+
+def _look_up(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.embedding(ids, weight, sparse=hasattr(weight, "main_grad"))
 
 
 def patch_tensor_lists() -> None:

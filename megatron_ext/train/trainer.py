@@ -17,7 +17,7 @@ from megatron_ext.data.loader import BatchBuilder, StepData, TrainingLoader
 from megatron_ext.errors import say
 from megatron_ext.model.encoder import EncoderModel
 from megatron_ext.model.fp8_emulation import end_step
-from megatron_ext.runtime.allocator import give_back_freed_memory
+from megatron_ext.runtime.allocator import keep_freed_memory
 from megatron_ext.runtime.cpu import patch_megatron
 from megatron_ext.runtime.precision import emulation_notice
 from megatron_ext.runtime.topology import default_group, process_groups, rank_from_environment, world_size_from_environment
@@ -70,7 +70,7 @@ def train(config: RunConfig) -> int:
         setup = prepare_together(config, agreement, functools.partial(_prepare, config))
         use_all_cores()
         if setup.backend.device.type == "cpu":
-            give_back_freed_memory()
+            keep_freed_memory()
         patch_megatron()
         return _train(setup, agreement)
 

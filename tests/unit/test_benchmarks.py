@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from benchmarks import parallel, sequences
 from benchmarks.alternating import Contender, Ratio
 from benchmarks.contenders import SHAPES, make_batch
+from benchmarks.documents import TOKENS, make_rows
 from benchmarks.training_step import step_flops, tokens
 
 
@@ -34,3 +36,32 @@ def test_a_contender_that_fails_is_no_figure() -> None:
     contender = Contender("benchmarks.contenders", "nobody")
     with pytest.raises(RuntimeError, match="ended with code 2"):
         contender.ready()
+
+
+@pytest.mark.parametrize("name", ["megatron_ext", "transformers", "trainer", "megatron_core"])
+def test_contenders_do_the_same_work(name: str) -> None:
+    """All start near the loss of a uniform guess, and learn the batch that they see again."""
+    contender = Contender("benchmarks.contenders", name, "--shape", "smoke", "--objective", "mlm", threads=1)
+    contender.ready()
+    losses = [contender.step()["loss"] for _ in range(3)]
+    contender.end()
+    assert losses[0] == pytest.approx(np.log(SHAPES["smoke"].vocab_size), rel=0.03)
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_two_ranks_and_one_make_the_same_step() -> None:
+    result = parallel.measure("smoke", "DP2", 2, 1)
+    assert len(result["losses"]) == 3 and result["efficiency"]["median"] > 0
+
+
+def test_packed_and_padded_documents_are_the_same_documents() -> None:
+    rows = make_rows(512, 1000)
+    assert sum(len(row.tokens) for row in rows) == TOKENS and all(row.lengths.sum() == 512 for row in rows)
+    assert sequences.step_flops(512, "across") > sequences.step_flops(512, "packed")
+    losses = []
+    for kind in ("packed", "padded"):
+        contender = Contender("benchmarks.documents", kind, "--sequence-length", "512", threads=1)
+        contender.ready()
+        losses.append(contender.step()["loss"])
+        contender.end()
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
