@@ -14,6 +14,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -62,11 +63,8 @@ class RMSNorm(torch.nn.Module):
         return rms_norm(hidden, self.weight, self.eps)
 
 
-class SwiGLU(torch.nn.Module):
+class SwiGLU(MegatronModule):
     """The gate of megatron's MLP as one operation, in the place that megatron has for a module of Transformer Engine."""
-
-    def __init__(self, config: TransformerConfig):
-        super().__init__()
 
     def forward(self, both: Tensor) -> Tensor:
         """[..., 2 f] with the gate first -> [..., f]."""

@@ -7,8 +7,10 @@ from megatron_ext.model.presets import LOGITS_PER_CHUNK, EncoderConfig, padded_v
 from megatron_ext.plan.shards import buffer_ranges, is_fp8, is_fp8_layer, stage_chunks
 from megatron_ext.runtime.topology import Layout
 
-CPU_LIBRARIES = 24 * 2**20
+CPU_LIBRARIES, CPU_LIBRARIES_BF16 = 24 * 2**20, 48 * 2**20
 """Buffers that torch's libraries keep for themselves on a CPU: measured, docs/results/memory.md."""
+CPU_HOLES = 0.3
+"""Share of what comes and goes in a step that a CPU run holds besides, in holes of its heap: fitted, docs/results/memory.md."""
 FLOAT32 = 4
 MOMENTS = 2 * FLOAT32
 
@@ -28,7 +30,7 @@ class RankMemory:
     logits: int
     """What the head keeps, and one chunk of logits."""
     workspace: int
-    """What comes and goes: gathered hidden states, a layer computed again, gradients of one parameter."""
+    """What comes and goes: gathered hidden states, a layer computed again, gradients of one parameter; on a CPU, holes too."""
 
     @property
     def total(self) -> int:
@@ -69,14 +71,11 @@ def rank_memory(
     logits, head_workspace = 0, 0
     if stage == layout.pipeline - 1:
         logits, head_workspace = _head(encoder, vocab_size, layout, row, predicted_share)
-    return RankMemory(
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        activations=activations,
-        logits=logits,
-        workspace=max(head_workspace, _layer_workspace(encoder, layout, training, row, on_cpu)) + on_cpu * CPU_LIBRARIES,
-    )
+    workspace = max(head_workspace, _layer_workspace(encoder, layout, training, row, on_cpu))
+    if on_cpu:
+        workspace += CPU_LIBRARIES if element == FLOAT32 else CPU_LIBRARIES_BF16
+        workspace += round(CPU_HOLES * (activations + logits + workspace))
+    return RankMemory(weights, gradients, optimizer, activations, logits, workspace)
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ def _activations(
         total += 8 * row.tokens * chunks_in_flight(layout, layout.micro_batches(training), 0) // layout.virtual_pipeline
     if stage == layout.pipeline - 1:
         stream = row.local * encoder.hidden_size
-        total += _composed_norm(row, stream) if on_cpu else stream * row.element + FLOAT32 * row.local
+        total += stream * row.element + FLOAT32 * row.local
     return total
 
 
@@ -166,22 +165,10 @@ def layer_bytes(encoder: EncoderConfig, layout: Layout, recompute: str, row: _Ro
         return stream * row.element
     product = 1 if in_fp8 else row.element
     ffn = row.tokens * encoder.ffn_hidden_size // layout.tensor
-    if on_cpu:
-        # torch composes the norm in float32 and keeps its steps; the gated unit keeps gate and up, silu(gate), a copy of up and
-        # their product; queries and keys each keep a sine and a cosine of the angles.
-        norms = 2 * _composed_norm(row, stream) + 2 * stream * row.element
-        gated = 5 * ffn * row.element
-        rotation = 4 * row.tokens * encoder.head_dim * row.element
-    else:
-        norms = 2 * (stream * (row.element + product) + FLOAT32 * row.local)
-        gated = ffn * (2 * row.element + product)
-        rotation = 0
+    norms = 2 * (stream * (row.element + product) + FLOAT32 * row.local)
+    gated = ffn * (2 * row.element + product)
+    rotation = 2 * row.tokens * encoder.head_dim * row.element if on_cpu else 0  # queries and keys each keep half a sine and cosine
     return norms + rotation + _attention_bytes(encoder, layout, recompute, row, on_cpu, in_fp8) + gated
-
-
-def _composed_norm(row: _Row, stream: int) -> int:
-    """What a norm on a CPU keeps besides its result: input, normed input and one number a token, in float32."""
-    return FLOAT32 * (2 * stream + row.local)
 
 
 def _attention_bytes(encoder: EncoderConfig, layout: Layout, recompute: str, row: _Row, on_cpu: bool, in_fp8: bool) -> int:
@@ -200,11 +187,9 @@ def _attention_bytes(encoder: EncoderConfig, layout: Layout, recompute: str, row
     statistics = FLOAT32 * row.tokens * heads if recompute == "none" else 0
     if encoder.qk_norm:
         statistics += FLOAT32 * row.tokens * (heads + groups)
-        if not on_cpu or (row.element == FLOAT32 and heads > groups):
+        if not on_cpu or heads > groups:
             # The norms' input: a view of queries, keys and values in one; grouped queries are copied out of it.
             numbers += queries * (2 if heads > groups else 1) + 2 * keys
-        if on_cpu:  # normed once more in float32, and the input copied to it
-            statistics += FLOAT32 * (queries + keys) * (1 if row.element == FLOAT32 else 2)
     return numbers * row.element + (queries if in_fp8 else 0) + statistics
 
 
@@ -225,6 +210,6 @@ def _head(encoder: EncoderConfig, vocab_size: int, layout: Layout, row: _Row, sh
     extra = row.element if row.element < FLOAT32 else 0
     logits = chunk * (FLOAT32 + extra)
     gathered = (row.tokens + predicted) * encoder.hidden_size * row.element
-    forward = logits + gathered + weight * row.element
-    backward = weight * (FLOAT32 + extra)
+    forward = logits + gathered + weight * extra
+    backward = weight * (FLOAT32 + extra) if encoder.tie_embeddings else 0
     return kept + logits, max(forward, backward) - logits
