@@ -34,7 +34,8 @@ ALLOWED = {
     "plan": CORE | {"objective", "runtime", "data", "model", "train"},
     "evaluation": {"secrets", "errors"},
     "doctor": CORE | {"run_record", "unpickling", "objective", "runtime", "data", "model", "train", "hf", "plan", "evaluation"},
-    "study": CORE | {"unpickling", "objective", "runtime", "data", "model", "train", "hf", "plan", "evaluation"},
+    "study": CORE
+    | {"config_tree", "config_yaml", "unpickling", "objective", "runtime", "data", "model", "train", "hf", "plan", "evaluation"},
 }
 MAY_IMPORT_MEGATRON = {"runtime", "data", "model", "train", "plan", "doctor"}
 NEVER = "megatron.training"
