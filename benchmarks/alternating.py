@@ -5,6 +5,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,12 +40,13 @@ class Contender:
             threads: of each of its processes; None are those of `environment`.
             ranks: processes, joined by torchrun if they are several; the first of them calls `take_turns`.
         """
+        self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - lives as long as the process
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
         self._process = subprocess.Popen(
             [sys.executable, *torchrun, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._errors,
             env=environment() | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)}),
             text=True,
         )
@@ -67,7 +69,10 @@ class Contender:
     def _answer(self) -> dict[str, Any]:
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{' '.join(map(str, self._process.args))} ended with code {self._process.wait(60)}")
+            code = self._process.wait(60)
+            self._errors.seek(0)
+            words = " ".join(map(str, self._process.args))
+            raise RuntimeError(f"{words} ended with code {code}:\n{self._errors.read()[-2000:]}")
         return json.loads(line)
 
 

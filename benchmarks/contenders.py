@@ -41,6 +41,7 @@ class Shape:
 SHAPES = {
     "210m": Shape("210m", None, 128_256, 4, 512),
     "tiny": Shape("tiny", None, 8_192, 8, 256),
+    "wide": Shape("210m", 2, 8_192, 4, 512),
     "smoke": Shape("tiny", 1, 512, 2, 32),
 }
 
@@ -99,9 +100,7 @@ def build_ours(shape: Shape, objective: str, stack: ExitStack) -> Step:
     import torch
 
     from megatron_ext.config import OptimizerConfig
-    from megatron_ext.runtime.allocator import keep_freed_memory
 
-    keep_freed_memory()
     encoder, micro_batch = encoder_of(shape), own_micro_batch(shape, objective)
     layout, backend = stack.enter_context(own_groups(encoder, shape.batch_size))
     config = OptimizerConfig(learning_rate=LEARNING_RATE, clip_grad_norm=CLIP)
@@ -249,8 +248,10 @@ def main() -> int:
     warnings.simplefilter("ignore")
     import torch
 
+    from megatron_ext.runtime.allocator import keep_freed_memory
     from megatron_ext.train.metrics import peak_flops
 
+    keep_freed_memory()  # peers too: it is a setting of the C library, which anybody may make
     for library in LIBRARIES[arguments.contender]:
         importlib.import_module(library)
     torch.manual_seed(0)

@@ -68,9 +68,7 @@ def build_own(sequence_length: int, is_packed: bool, stack: ExitStack) -> Callab
     from megatron_ext.config import OptimizerConfig
     from megatron_ext.data.batch import collate
     from megatron_ext.objective import OBJECTIVES, Example
-    from megatron_ext.runtime.allocator import keep_freed_memory
 
-    keep_freed_memory()
     vocab_size = SHAPES["tiny"].vocab_size
     batches = []
     for row in make_rows(sequence_length, vocab_size):
@@ -134,7 +132,9 @@ def main() -> int:
     import torch
 
     import megatron_ext.train.trainer  # noqa: F401 - all of them before memory is counted
+    from megatron_ext.runtime.allocator import keep_freed_memory
 
+    keep_freed_memory()
     torch.manual_seed(0)
     torch.ones(256, 256).mm(torch.ones(256, 256))
     before = reset_peak()

@@ -3,7 +3,8 @@
 python -m benchmarks.parallel --output-dir build/bench/parallel
 
 Both make the same optimizer step on the same micro-batches and take turns; efficiency is the one rank's time over the two ranks'.
-The losses must agree, or the figure is refused: a layout that computes something else is not faster.
+`wide` is the 210M with two layers and 8,192 ids. The losses must agree, or the figure is refused: a layout that computes something
+else is not faster.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def main() -> int:
     """Measure, write JSON and a table."""
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("build/bench/parallel"))
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["tiny", "210m"])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["tiny", "wide"])
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--micro-batches", type=int, default=8, help="in a step, of all ranks together (default: 8)")
     parser.add_argument("--pairs", type=int, default=5, help="steps of each after the warm-up (default: 5)")

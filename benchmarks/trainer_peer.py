@@ -21,16 +21,19 @@ def trainer_step(model: Any, tokens: Any, labels: Any, learning_rate: float, cli
         clip: of the gradients' norm.
         stack: ends the thread and removes its folder.
     """
+    from torch.utils.data import SequentialSampler
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     wanted: queue.Queue[bool] = queue.Queue()
     made: queue.Queue[float | BaseException] = queue.Queue()
+    reached: queue.Queue[bool] = queue.Queue()
     losses: list[Any] = []
 
     class Turns(TrainerCallback):
         """Holds the loop before each step."""
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **other: Any) -> None:
+            reached.put(True)
             if not wanted.get():
                 raise KeyboardInterrupt
 
@@ -44,6 +47,9 @@ def trainer_step(model: Any, tokens: Any, labels: Any, learning_rate: float, cli
             loss = super().compute_loss(*arguments, **options)
             losses.append(loss.detach())
             return loss
+
+        def _get_train_sampler(self, *arguments: Any, **options: Any) -> Any:
+            return SequentialSampler(rows)
 
     arguments = TrainingArguments(
         output_dir=stack.enter_context(tempfile.TemporaryDirectory()),
@@ -71,12 +77,14 @@ def trainer_step(model: Any, tokens: Any, labels: Any, learning_rate: float, cli
 
     threading.Thread(target=run, daemon=True).start()
     stack.callback(wanted.put, False)
+    reached.get()
 
     def step() -> float:
         wanted.put(True)
         found = made.get()
         if isinstance(found, BaseException):
             raise found
+        reached.get()  # it has fetched its next batch, which belongs to a step as much as the rest
         return found
 
     return step

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megatron_ext.checkpoint_files import RUN_FILE, describe_files, file_sum, published_checkpoints, read_run_file
+from megatron_ext.checkpoint_files import EARLIER_SUM, RUN_FILE, describe_files, file_sum, published_checkpoints, read_run_file
 from megatron_ext.errors import UserError, one_line
 from megatron_ext.hf.export import ExportReport, export_checkpoint
 from megatron_ext.hf.verify import ReferenceLogits
@@ -167,7 +167,7 @@ def _export(checkpoint: Path, folder: Path, options: Options, reference_logits: 
 
 def _source_key(checkpoint: Path, options: Options, is_verified: bool) -> str:
     """SHA-256 over what decides the outcome: run.json, which holds the sums of all other files, and the options."""
-    identity = {"run.json": file_sum(checkpoint / RUN_FILE), "verified": is_verified, **asdict(options)}
+    identity = {"run.json": file_sum(checkpoint / RUN_FILE, EARLIER_SUM), "verified": is_verified, **asdict(options)}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 

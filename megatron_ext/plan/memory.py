@@ -70,7 +70,7 @@ def rank_memory(
     activations = _activations(encoder, layout, training, precision, stage, row, on_cpu)
     logits, head_workspace = 0, 0
     if stage == layout.pipeline - 1:
-        logits, head_workspace = _head(encoder, vocab_size, layout, row, predicted_share)
+        logits, head_workspace = _head(encoder, vocab_size, layout, row, predicted_share, on_cpu)
     workspace = max(head_workspace, _layer_workspace(encoder, layout, training, row, on_cpu))
     if on_cpu:
         workspace += CPU_LIBRARIES if element == FLOAT32 else CPU_LIBRARIES_BF16
@@ -200,7 +200,7 @@ def _layer_workspace(encoder: EncoderConfig, layout: Layout, training: TrainingC
     return ffn + again
 
 
-def _head(encoder: EncoderConfig, vocab_size: int, layout: Layout, row: _Row, share: float) -> tuple[int, int]:
+def _head(encoder: EncoderConfig, vocab_size: int, layout: Layout, row: _Row, share: float, on_cpu: bool) -> tuple[int, int]:
     """What the head keeps with one chunk of logits, and what comes and goes."""
     vocabulary = padded_vocab_size(vocab_size, layout.tensor) // layout.tensor
     predicted = round(row.tokens * share)
@@ -211,5 +211,7 @@ def _head(encoder: EncoderConfig, vocab_size: int, layout: Layout, row: _Row, sh
     logits = chunk * (FLOAT32 + extra)
     gathered = (row.tokens + predicted) * encoder.hidden_size * row.element
     forward = logits + gathered + weight * extra
-    backward = weight * (FLOAT32 + extra) if encoder.tie_embeddings else 0
+    # A weight that is not tied gets its gradient in place; what stands for it takes memory on a GPU, and none before it is touched.
+    in_its_stead = 0 if on_cpu else weight * row.element
+    backward = weight * (FLOAT32 + extra) if encoder.tie_embeddings else in_its_stead
     return kept + logits, max(forward, backward) - logits

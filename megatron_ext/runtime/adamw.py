@@ -27,25 +27,25 @@ class FusedAdamW(torch.optim.Optimizer):
         assert not capturable, "CUDA graphs are not implemented"
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.gradient_divisor = 1.0
-        """Gradients are divided by it in the update itself, which spares clipping a pass over them; 1 again after each step."""
+        """Gradients are divided by it in the update itself, which spares clipping a pass over them; for one step."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update every parameter that has a gradient."""
+        divisor, self.gradient_divisor = self.gradient_divisor, 1.0
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                self._update(group, params)
-        self.gradient_divisor = 1.0
+                scale = None if divisor == 1 else torch.tensor(divisor, device=params[0].device)
+                self._update(group, params, scale)
 
-    def _update(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
+    def _update(self, group: dict[str, Any], params: list[torch.Tensor], scale: torch.Tensor | None) -> None:
         for p in params:
             if not self.state[p]:
                 self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         beta1, beta2 = group["betas"]
         step = torch.tensor(float(group["step"]), device=params[0].device)
-        divisor = None if self.gradient_divisor == 1 else torch.tensor(self.gradient_divisor, device=params[0].device)
         torch._fused_adamw_(
             params,
             [p.grad for p in params],
@@ -60,5 +60,5 @@ class FusedAdamW(torch.optim.Optimizer):
             eps=group["eps"],
             amsgrad=False,
             maximize=False,
-            grad_scale=divisor,
+            grad_scale=scale,
         )

@@ -5,7 +5,9 @@ import os
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's numbers of the settings, from malloc.h."""
-SETTINGS = {M_TRIM_THRESHOLD: 2**31 - 1, M_MMAP_THRESHOLD: 2**30}
+LIMITS = (2**30, 2**25)
+"""Bytes from which on blocks are mapped one by one: the first that is taken. Before glibc 2.35 it is 32 MiB at most."""
+NEVER = 2**31 - 1
 OWN_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 """Environment variables by which a user sets this; what they say stays."""
 
@@ -23,4 +25,6 @@ def keep_freed_memory() -> bool:
     if any(name in os.environ for name in OWN_SETTINGS):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all(mallopt(setting, value) == 1 for setting, value in SETTINGS.items())
+    if mallopt is None or not any(mallopt(M_MMAP_THRESHOLD, limit) == 1 for limit in LIMITS):
+        return False
+    return mallopt(M_TRIM_THRESHOLD, NEVER) == 1

@@ -196,6 +196,11 @@ def patch_weight_gradients() -> None:
     """
     layers = importlib.import_module("megatron.core.tensor_parallel.layers")
     layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=_add_weight_gradient)
+    layers.get_dummy_wgrad = _gradient_without_meaning  # Transformer Engine's, where that is installed, is on a GPU
+
+
+def _gradient_without_meaning(shape: list[int], dtype: torch.dtype, zero: bool = False) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype) if zero else torch.empty(shape, dtype=dtype)
 
 
 def _add_weight_gradient(rows: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:

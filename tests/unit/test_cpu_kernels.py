@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 from torch import Tensor
 
+from megatron_ext.runtime.cpu import patch_weight_gradients
 from megatron_ext.runtime.cpu_kernels import rms_norm, rotate, swiglu
 
 TOKENS, HEADS, WIDTH = 7, 3, 8
@@ -65,3 +66,20 @@ def test_gradients_are_those_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(swiglu, (random(3, 1, 8, dtype=torch.float64),))
     heads = random(TOKENS, 1, 2, WIDTH, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: rotate(x, angles(torch.float64)), (heads,))
+
+
+def test_layers_add_gradients_on_a_cpu_where_transformer_engine_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """megatron takes TE's function for the gradient without meaning there, and that one asks for a GPU."""
+    from megatron.core.tensor_parallel import layers
+
+    monkeypatch.setattr(
+        layers, "get_dummy_wgrad", lambda shape, dtype, zero=False: torch.empty(shape, device="cuda"), raising=False
+    )
+    monkeypatch.setattr(layers, "fused_weight_gradient_mlp_cuda", None, raising=False)
+    patch_weight_gradients()
+    assert layers.get_dummy_wgrad([2, 3], torch.float32).shape == (2, 3)
+    assert not layers.get_dummy_wgrad([2, 3], torch.float32, zero=True).any()
+    rows, grad = random(5, 3).detach(), random(5, 2, seed=1).detach()
+    total = torch.ones(2, 3)
+    layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(rows, grad, total)
+    torch.testing.assert_close(total, 1 + grad.t() @ rows)
