@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -30,7 +31,7 @@ from megatron_ext.model.attention import DocumentAttention
 from megatron_ext.model.fp8_emulation import EmulatedColumnParallelLinear, EmulatedRowParallelLinear
 from megatron_ext.model.presets import EncoderConfig
 from megatron_ext.runtime.capabilities import can_fuse_weight_gradients
-from megatron_ext.runtime.cpu_kernels import rms_norm, swiglu
+from megatron_ext.runtime.cpu_kernels import rms_norm, rotate, swiglu
 from megatron_ext.runtime.precision import FP8_RECIPES, has_kernels, stays_in_bf16, transformer_settings
 from megatron_ext.runtime.topology import Layout
 
@@ -151,7 +152,7 @@ def transformer_config(
         bias_activation_fusion=with_te,
         use_te_activation_func=not with_te,  # that is: an activation that is a module, here `SwiGLU`
         masked_softmax_fusion=False,
-        apply_rope_fusion=with_te or not torch.cuda.is_available(),  # `cpu_kernels` has one
+        apply_rope_fusion=with_te or rope_utils.fused_apply_rotary_pos_emb is rotate,
         **RECOMPUTE[recompute],
     )
 
