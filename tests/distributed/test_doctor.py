@@ -17,10 +17,15 @@ from megatron_ext.doctor.checkpoint import check_checkpoints
 from megatron_ext.doctor.text import Painter, render
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.launch import run_on_ranks
+from megatron_ext.runtime.megatron_versions import common_writer
 from tests.conftest import Corpus
 from tests.distributed.test_training import config_tree
 
 ROOT = Path(__file__).parents[2]
+HAS_COMMON_FILE = common_writer() is not None
+NOT_CHECKED = "AdamW's step count was not checked"
+"""What the doctor says of a checkpoint without `common.pt`, as megatron-core 0.19 writes them."""
+needs_common_file = pytest.mark.skipif(not HAS_COMMON_FILE, reason="megatron-core 0.19 writes no common.pt")
 
 
 def measure_with_faults(trial: Any) -> Any:
@@ -123,7 +128,7 @@ def runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_whole_checkpoints_pass_oldest_first(runs: Path, name: str) -> None:
     report = check_checkpoints(runs / name)
     assert report.ok, report.problems
-    assert report.notes == []
+    assert [note for note in report.notes if NOT_CHECKED not in note] == []
     assert [seen["step"] for seen in report.facts["checkpoints"]] == [1, 2, 3]
     assert "checkpoint: all good" in render(report, Painter(coloured=False))
     json.dumps(report.as_dict())
@@ -169,7 +174,7 @@ def batch_change(step: int, before: Any, now: int) -> dict[str, Any]:
 
 
 BREAKS = {
-    "SHA-256": flip_a_bit,
+    "has the blake3 sum": flip_a_bit,
     "is missing": lambda checkpoint: first_shard(checkpoint).unlink(),
     "bytes, ": lambda checkpoint: os.truncate(first_shard(checkpoint), 100),
     "does not name it": lambda checkpoint: (checkpoint / "extra.bin").touch(),
@@ -189,7 +194,6 @@ BREAKS = {
     ),
     "do not lead to its configuration": lambda checkpoint: change_record(checkpoint, changes=[batch_change(1, 8, 12)]),
     "samples is 48 in run.json, but": lambda checkpoint: change_record(checkpoint, changes=[batch_change(1, 8, 16)]),
-    "AdamW has counted 2": lambda checkpoint: change_record(checkpoint, step=2),
     "belongs to no parameter": shrink_encoder,
     "has the shape": shrink_encoder,
     "lacks flops": lambda checkpoint: (checkpoint / "run.json").write_text(
@@ -201,6 +205,10 @@ BREAKS = {
         checkpoint, tokenizer={**record_of(checkpoint)["tokenizer"], "fingerprint": "0" * 64}
     ),
 }
+
+
+if HAS_COMMON_FILE:
+    BREAKS["AdamW has counted 2"] = lambda checkpoint: change_record(checkpoint, step=2)
 
 
 @pytest.mark.parametrize("message", BREAKS)
@@ -233,6 +241,7 @@ def test_values_that_are_not_finite_are_found_behind_right_sums(checkpoint: Path
     assert all("not finite" in problem for problem in found)
 
 
+@needs_common_file
 @pytest.mark.parametrize(
     "skipped, counted, passes", [(0, 2, True), (1, 1, True), (1, 2, True), (2, 0, True), (1, 0, False), (0, 1, False)]
 )
@@ -255,6 +264,7 @@ def test_a_branch_leaves_a_checkpoint_whole(checkpoint: Path, corpus: Corpus, tm
     assert check_checkpoints(checkpoint).problems == []
 
 
+@needs_common_file
 def test_a_checkpoint_without_common_pt_passes_with_a_word(checkpoint: Path) -> None:
     (checkpoint / "common.pt").unlink()
     assert any("common.pt is missing" in problem for problem in check_checkpoints(checkpoint).problems)
@@ -287,4 +297,5 @@ def test_other_versions_are_a_note(checkpoint: Path) -> None:
     change_record(checkpoint, versions={"torch": "1.0", "megatron-core": "0.1"})
     report = check_checkpoints(checkpoint)
     assert report.ok
-    assert [note.split()[2] for note in report.notes] == ["torch", "megatron-core"]
+    notes = [note for note in report.notes if NOT_CHECKED not in note]
+    assert [note.split()[2] for note in notes] == ["torch", "megatron-core"]

@@ -69,7 +69,7 @@ def _another_seed(config: Any, rank: int, patch: pytest.MonkeyPatch) -> None:
 
 def _another_kernel(config: Any, rank: int, patch: pytest.MonkeyPatch) -> None:
     if rank == 0:
-        patch.setenv("NVTE_FLASH_ATTN", "0")
+        patch.setenv("NVTE_DEBUG", "0")
 
 
 def _another_code(config: Any, rank: int, patch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ CASES: dict[str, Callable[[Any, int, pytest.MonkeyPatch], None]] = {
 EXPECTED = {
     "_another_torch": ["torch is 2.0.0+old on rank 1 (node1), and", "on rank 0 (node0)"],
     "_another_seed": ["training.seed is 7 on rank 2 (node2), and 0 on rank 0 (node0)"],
-    "_another_kernel": ["variable NVTE_FLASH_ATTN is 0 on rank 0 (node0), and absent on rank 1 (node1)"],
+    "_another_kernel": ["variable NVTE_DEBUG is 0 on rank 0 (node0), and absent on rank 1 (node1)"],
     "_another_code": ["the code of megatron_ext is 000000000000 on rank 1 (node1)"],
     "_own_data": ["data set data is ", "on rank 2 (node2)"],
     "_no_data": ["rank 1 on node1: data set present: there is no file present.bin"],

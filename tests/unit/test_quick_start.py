@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from megatron_ext.runtime.megatron_versions import installed_version
 from megatron_ext.runtime.quick_start import without_garbage_collection
 from tests.distributed.ranks import ROOT
 
@@ -22,6 +23,7 @@ print([name for name in ("torch._inductor", "torch._dynamo") if name in sys.modu
 """
 
 
+@pytest.mark.skipif(installed_version() > (0, 16), reason="newer megatron-cores import torch's compiler in other ways, too")
 def test_the_trainer_is_imported_without_the_compiler() -> None:
     done = subprocess.run([sys.executable, "-c", STARTS], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
