@@ -322,7 +322,8 @@ class Naming:
         (getattr, "builtins.getattr"),
         (subprocess.run, "subprocess.run"),
         (torch.load, "torch.serialization.load"),
-        (torch.storage._load_from_bytes, "torch.storage._load_from_bytes"),
+        # megatron-core 0.19 puts a function of its own in its place.
+        (torch.storage._load_from_bytes, f"{torch.storage._load_from_bytes.__module__}.{torch.storage._load_from_bytes.__name__}"),
         (pickle.loads, "_pickle.loads"),
     ],
 )

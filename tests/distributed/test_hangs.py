@@ -135,8 +135,11 @@ def test_a_save_fails_soon_when_a_process_of_a_writer_is_killed_or_late(fault: s
         psutil.wait_procs([process], timeout=10)
         assert not process.is_running()
     (line,) = [line for line in run[0].text.splitlines() if line.startswith("warning: ")]
-    reason = "ended: one of its processes was killed by SIGKILL" if fault == "killed" else "took longer than 12 s"
-    assert line.startswith(f"warning: the checkpoint after step {interval} could not be saved (the writer of rank 1 {reason})")
+    # Which process of the writer's is the one that was held is up to megatron-core's version.
+    killed = ("ended: one of its processes was killed by SIGKILL", "ended: killed by SIGKILL")
+    reasons = killed if fault == "killed" else ("took longer than 12 s",)
+    start = f"warning: the checkpoint after step {interval} could not be saved (the writer of rank 1 "
+    assert line.startswith(tuple(f"{start}{reason})" for reason in reasons))
     assert [path.name for path in published(tmp_path / "run")] == ["step_00000008", "step_00000012"]
     assert leftovers(tmp_path / "run") == []
     for checkpoint in published(tmp_path / "run"):
