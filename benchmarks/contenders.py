@@ -244,6 +244,7 @@ def main() -> int:
     parser.add_argument("contender", choices=CONTENDERS)
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--objective", choices=("mlm", "clm"), required=True)
+    parser.add_argument("--as-it-comes", action="store_true", help="leave the C library's handling of freed memory alone")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     import torch
@@ -251,7 +252,8 @@ def main() -> int:
     from megatron_ext.runtime.allocator import keep_freed_memory
     from megatron_ext.train.metrics import peak_flops
 
-    keep_freed_memory()  # peers too: it is a setting of the C library, which anybody may make
+    if not arguments.as_it_comes:
+        keep_freed_memory()  # peers too: it is a setting of the C library, which anybody may make
     for library in LIBRARIES[arguments.contender]:
         importlib.import_module(library)
     torch.manual_seed(0)

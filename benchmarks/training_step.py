@@ -37,22 +37,32 @@ def main() -> int:
     parser.add_argument("--objectives", nargs="+", choices=("mlm", "clm"), default=["mlm", "clm"])
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS)
     parser.add_argument("--pairs", type=int, default=5, help="steps of each after the warm-up (default: 5)")
+    parser.add_argument("--as-they-come", action="store_true", help="peers without this project's setting for freed memory")
     arguments = parser.parse_args()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     results = []
     for shape, objective, peer in itertools.product(arguments.shapes, arguments.objectives, arguments.peers):
-        results.append(measure(shape, objective, peer, arguments.pairs))
+        results.append(measure(shape, objective, peer, arguments.pairs, arguments.as_they_come))
         (arguments.output_dir / "summary.json").write_text(json.dumps(results, indent=1) + "\n")
         (arguments.output_dir / "summary.md").write_text(describe(results))
     print(describe(results))
     return 0
 
 
-def measure(shape: str, objective: str, peer: str, pairs: int) -> dict[str, Any]:
-    """This project and a peer on one shape and objective; two processes, for three would not fit into small machines."""
+def measure(shape: str, objective: str, peer: str, pairs: int, as_it_comes: bool) -> dict[str, Any]:
+    """This project and a peer on one shape and objective; two processes, for three would not fit into small machines.
+
+    Args:
+        shape: of the model and batch.
+        objective: `mlm` or `clm`.
+        peer: a contender.
+        pairs: steps of each.
+        as_it_comes: the peer handles freed memory as the C library does; else both keep it, as this project's runs do.
+    """
     arguments = ("--shape", shape, "--objective", objective)
     names = (OURS, peer)
-    contenders = {name: Contender("benchmarks.contenders", name, *arguments) for name in names}
+    options = {OURS: (), peer: ("--as-it-comes",) if as_it_comes else ()}
+    contenders = {name: Contender("benchmarks.contenders", name, *arguments, *options[name]) for name in names}
     about = {name: contender.ready() for name, contender in contenders.items()}
     steps: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for number in tqdm(range(WARM_UP + pairs), desc=f"{shape} {objective} {peer}"):
@@ -68,13 +78,14 @@ def measure(shape: str, objective: str, peer: str, pairs: int) -> dict[str, Any]
     return {
         "shape": {"name": shape, **asdict(SHAPES[shape])},
         "objective": objective,
-        "peer": peer,
+        "peer": f"{peer}, as it comes" if as_it_comes else peer,
         "about": about[OURS],
         "python": platform.python_version(),
         "steps": steps,
         "tokens_per_second": {name: tokens(shape) / statistics.median(found) for name, found in seconds.items()},
         "share_of_gemm": useful,
         "peak_bytes": {name: max(step["peak_bytes"] for step in found) for name, found in steps.items()},
+        "names": names,
         "speed_ratio": asdict(Ratio.of(seconds[OURS], seconds[peer])),
     }
 
@@ -105,7 +116,9 @@ def describe(results: list[dict[str, Any]]) -> str:
     ]
     for result in results:
         peer, ratio = result["peer"], result["speed_ratio"]
-        pairs = {key: [result[key][name] for name in (OURS, peer)] for key in ("tokens_per_second", "share_of_gemm", "peak_bytes")}
+        pairs = {
+            key: [result[key][name] for name in result["names"]] for key in ("tokens_per_second", "share_of_gemm", "peak_bytes")
+        }
         cells = (
             *(result["shape"]["name"], result["objective"], peer),
             f"{ratio['median']:.2f} ({ratio['lowest']:.2f} to {ratio['highest']:.2f})",
