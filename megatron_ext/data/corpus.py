@@ -308,6 +308,7 @@ def _builder(path: str, tokenizer: Tokenizer):
     return indexed_dataset.IndexedDatasetBuilder(path, dtype=indexed_dataset.DType.optimal_dtype(tokenizer.vocab_size))
 
 
+@functools.cache
 def _indexed_dataset():
     """Megatron's module, imported in half the time, and without warnings about packages that tokenizing has no use for."""
     leave_out_compiler()

@@ -55,9 +55,9 @@ class Accountant:
         steps = part.steps
         return Total(steps, steps * cost.tokens, steps * cost.predicted_tokens, steps * cost.flops, hours)
 
-    def model(self, model: Model) -> Total:
-        """Of a model trained alone, from its first step."""
-        return self._sum(self.part(model.size, part) for part in model.parts)
+    def models(self, models: Iterable[Model]) -> Total:
+        """Of models, each trained alone."""
+        return self._sum(self.part(model.size, part) for model in models for part in model.parts)
 
     def segments(self, segments: Iterable[Segment]) -> Total:
         """Of segments, each once."""

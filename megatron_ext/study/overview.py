@@ -37,12 +37,12 @@ def _accounts(models: list[Model], roots: list[Segment], accountant: Accountant)
     before: list[Model] = []
     for family in dict.fromkeys(model.family for model in models):
         own = [model for model in models if model.family == family]
-        alone = sum((accountant.model(model) for model in own), Total(gpu_hours=0.0 if with_hours else None))
+        alone = accountant.models(own)
         shared = accountant.below(own, roots, before)
         lines.append(_total_row(f"{family}, each model alone", len(own), alone))
         lines.append(_total_row(f"{family}, what is new", len(own), shared))
         before += own
-    naive = sum((accountant.model(model) for model in models), Total(gpu_hours=0.0 if with_hours else None))
+    naive = accountant.models(models)
     once = accountant.segments(all_segments(roots))
     lines.append(_total_row("all, each model alone", len(models), naive))
     lines.append(_total_row("all, every segment once", len(models), once))
