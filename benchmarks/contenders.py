@@ -95,16 +95,21 @@ Step = Callable[[], float]
 """Makes an optimizer step; returns the loss per predicted token before it."""
 
 
-def build_ours(shape: Shape, objective: str, stack: ExitStack) -> Step:
-    """This project, as a run of one rank builds it."""
+def contending_step(encoder: Any, vocab_size: int, layout: Any, backend: Any) -> Any:
+    """`own_step` in float32 with the optimizer's settings that all contenders have."""
     import torch
 
     from megatron_ext.config import OptimizerConfig
 
+    config = OptimizerConfig(learning_rate=LEARNING_RATE, clip_grad_norm=CLIP)
+    return own_step(encoder, vocab_size, torch.float32, layout, backend, config)
+
+
+def build_ours(shape: Shape, objective: str, stack: ExitStack) -> Step:
+    """This project, as a run of one rank builds it."""
     encoder, micro_batch = encoder_of(shape), own_micro_batch(shape, objective)
     layout, backend = stack.enter_context(own_groups(encoder, shape.batch_size))
-    config = OptimizerConfig(learning_rate=LEARNING_RATE, clip_grad_norm=CLIP)
-    own = own_step(encoder, shape.vocab_size, torch.float32, layout, backend, config)
+    own = contending_step(encoder, shape.vocab_size, layout, backend)
 
     def step() -> float:
         sums = own([micro_batch])

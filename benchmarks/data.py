@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.alternating import environment
-from benchmarks.contenders import CLIP, LEARNING_RATE, SHAPES, encoder_of
+from benchmarks.contenders import SHAPES, contending_step, encoder_of
 from benchmarks.machine import machine
 from benchmarks.memory import peak, reset_peak
 from megatron_ext.errors import CommandLine, run_command
@@ -162,10 +162,9 @@ def _imported() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 def loader_share(folder: Path) -> dict[str, Any]:
     """How long a training step of the tiny shape waits for its data."""
-    import torch
 
-    from benchmarks.own_run import own_groups, own_step
-    from megatron_ext.config import DataConfig, DataSource, OptimizerConfig, PhaseConfig, TrainingConfig
+    from benchmarks.own_run import own_groups
+    from megatron_ext.config import DataConfig, DataSource, PhaseConfig, TrainingConfig
     from megatron_ext.data.dataset import open_blend
     from megatron_ext.data.loader import BatchBuilder, TrainingLoader
     from megatron_ext.data.tokenizer import load_tokenizer
@@ -183,14 +182,7 @@ def loader_share(folder: Path) -> dict[str, Any]:
     encoder = encoder_of(SHAPES["tiny"])
     waited = 0.0
     with own_groups(encoder, BATCH_SIZE) as (layout, backend):
-        step = own_step(
-            encoder,
-            tokenizer.vocab_size,
-            torch.float32,
-            layout,
-            backend,
-            OptimizerConfig(learning_rate=LEARNING_RATE, clip_grad_norm=CLIP),
-        )
+        step = contending_step(encoder, tokenizer.vocab_size, layout, backend)
         step(loader.load(0).micro_batches)
         batches = loader.prefetch(0, STEPS)
         first = next(batches)

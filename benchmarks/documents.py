@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.alternating import take_turns
-from benchmarks.contenders import CLIP, LEARNING_RATE, MASK_RATIO, SHAPES, encoder_of, transformers_model
+from benchmarks.contenders import CLIP, LEARNING_RATE, MASK_RATIO, SHAPES, contending_step, encoder_of, transformers_model
 from benchmarks.memory import peak, reset_peak
-from benchmarks.own_run import own_groups, own_step
+from benchmarks.own_run import own_groups
 from megatron_ext.errors import run_command
 
 TOKENS = 8_192
@@ -63,9 +63,7 @@ def encoder(sequence_length: int) -> Any:
 
 def build_own(sequence_length: int, is_packed: bool, stack: ExitStack) -> Callable[[], float]:
     """This project on rows of one micro-batch each; documents see themselves alone, or all of their row."""
-    import torch
 
-    from megatron_ext.config import OptimizerConfig
     from megatron_ext.data.batch import collate
     from megatron_ext.objective import OBJECTIVES, Example
 
@@ -76,9 +74,9 @@ def build_own(sequence_length: int, is_packed: bool, stack: ExitStack) -> Callab
         example = Example(row.tokens, places, row.labels[places])
         options = {"documents_attend_across": not is_packed, "restart_positions": is_packed}
         batches.append(collate([example], [row.lengths], OBJECTIVES["mlm"], **options))
-    config, shape = OptimizerConfig(learning_rate=LEARNING_RATE, clip_grad_norm=CLIP), encoder(sequence_length)
+    shape = encoder(sequence_length)
     layout, backend = stack.enter_context(own_groups(shape, 1, len(batches)))
-    step = own_step(shape, vocab_size, torch.float32, layout, backend, config)
+    step = contending_step(shape, vocab_size, layout, backend)
 
     def run() -> float:
         sums = step(batches)

@@ -18,10 +18,10 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.alternating import Contender, take_turns
-from benchmarks.contenders import CLIP, LEARNING_RATE, Shape, own_micro_batch
+from benchmarks.contenders import Shape, contending_step, own_micro_batch
 from benchmarks.machine import machine
 from benchmarks.memory import peak, reset_peak
-from benchmarks.own_run import own_groups, own_step
+from benchmarks.own_run import own_groups
 from megatron_ext.errors import CommandLine, run_command
 from megatron_ext.model.flops import count_parameters, training_flops
 from megatron_ext.model.presets import PRESETS
@@ -78,7 +78,6 @@ def _be(preset: str, length: int) -> int:
     import torch
 
     import megatron_ext.train.trainer  # noqa: F401 - before memory is counted
-    from megatron_ext.config import OptimizerConfig
     from megatron_ext.runtime.allocator import keep_freed_memory
     from megatron_ext.train.metrics import peak_flops
 
@@ -89,8 +88,7 @@ def _be(preset: str, length: int) -> int:
     before = reset_peak()
     with ExitStack() as stack:
         layout, backend = stack.enter_context(own_groups(encoder, 1))
-        config = OptimizerConfig(learning_rate=LEARNING_RATE, clip_grad_norm=CLIP)
-        step = own_step(encoder, VOCAB_SIZE, torch.float32, layout, backend, config)
+        step = contending_step(encoder, VOCAB_SIZE, layout, backend)
 
         def timed() -> dict[str, float]:
             rate = peak_flops(torch.device("cpu"))

@@ -11,8 +11,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from benchmarks.alternating import take_turns
-from benchmarks.contenders import CLIP, LEARNING_RATE, SHAPES, encoder_of, own_micro_batch
-from benchmarks.own_run import own_groups, own_step
+from benchmarks.contenders import SHAPES, contending_step, encoder_of, own_micro_batch
+from benchmarks.own_run import own_groups
 from megatron_ext.errors import run_command
 
 
@@ -38,7 +38,7 @@ def build(arguments: argparse.Namespace, stack: ExitStack) -> Any:
     """This rank's step: it takes nothing and returns its sums."""
     import torch
 
-    from megatron_ext.config import OptimizerConfig, ParallelConfig
+    from megatron_ext.config import ParallelConfig
     from megatron_ext.runtime.allocator import keep_freed_memory
     from megatron_ext.runtime.topology import world_size_from_environment
 
@@ -49,8 +49,7 @@ def build(arguments: argparse.Namespace, stack: ExitStack) -> Any:
     data = world_size_from_environment() // (arguments.tensor * arguments.pipeline * arguments.context)
     count = arguments.micro_batches // data
     layout, backend = stack.enter_context(own_groups(encoder, shape.batch_size, count, ParallelConfig(**sizes)))
-    config = OptimizerConfig(learning_rate=LEARNING_RATE, clip_grad_norm=CLIP)
-    step = own_step(encoder, shape.vocab_size, torch.float32, layout, backend, config)
+    step = contending_step(encoder, shape.vocab_size, layout, backend)
     first = torch.distributed.get_rank() * count if data > 1 else 0
     batches = [own_micro_batch(shape, arguments.objective, seed) for seed in range(first, first + count)]
     return lambda: step(batches)
