@@ -37,6 +37,11 @@ class Shape:
     batch_size: int
     sequence_length: int
 
+    @property
+    def tokens(self) -> int:
+        """In a batch."""
+        return self.batch_size * self.sequence_length
+
 
 SHAPES = {
     "210m": Shape("210m", None, 128_256, 4, 512),
@@ -76,6 +81,17 @@ def encoder_of(shape: Shape) -> Any:
 
     encoder = PRESETS[shape.preset]()
     return dataclasses.replace(encoder, num_layers=shape.layers) if shape.layers else encoder
+
+
+def step_flops(shape: Shape, objective: str) -> float:
+    """Useful FLOPs of a step."""
+    from megatron_ext.model.flops import training_flops
+
+    share = MASK_RATIO if objective == "mlm" else 1 - 1 / shape.sequence_length
+    attended = shape.sequence_length / (2 if objective == "clm" else 1) * shape.tokens
+    return training_flops(
+        encoder_of(shape), shape.vocab_size, tokens=shape.tokens, attended=attended, predicted=share * shape.tokens
+    )
 
 
 def own_micro_batch(shape: Shape, objective: str, seed: int = 0) -> Any:

@@ -20,9 +20,8 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.alternating import Contender, Ratio
-from benchmarks.contenders import CONTENDERS, MASK_RATIO, SHAPES, encoder_of
+from benchmarks.contenders import CONTENDERS, SHAPES, step_flops
 from megatron_ext.errors import CommandLine, run_command
-from megatron_ext.model.flops import training_flops
 
 OURS = "megatron_ext"
 PEERS = [name for name in CONTENDERS if name != OURS]
@@ -72,7 +71,7 @@ def measure(shape: str, objective: str, peer: str, pairs: int, as_it_comes: bool
                 steps[name].append(found)
     for contender in contenders.values():
         contender.end()
-    flops = step_flops(shape, objective)
+    flops = step_flops(SHAPES[shape], objective)
     seconds = {name: [step["seconds"] for step in found] for name, found in steps.items()}
     useful = {name: statistics.median(flops / step["seconds"] / step["gemm"] for step in found) for name, found in steps.items()}
     return {
@@ -82,26 +81,12 @@ def measure(shape: str, objective: str, peer: str, pairs: int, as_it_comes: bool
         "about": about[OURS],
         "python": platform.python_version(),
         "steps": steps,
-        "tokens_per_second": {name: tokens(shape) / statistics.median(found) for name, found in seconds.items()},
+        "tokens_per_second": {name: SHAPES[shape].tokens / statistics.median(found) for name, found in seconds.items()},
         "share_of_gemm": useful,
         "peak_bytes": {name: max(step["peak_bytes"] for step in found) for name, found in steps.items()},
         "names": names,
         "speed_ratio": asdict(Ratio.of(seconds[OURS], seconds[peer])),
     }
-
-
-def tokens(shape: str) -> int:
-    """In a batch."""
-    return SHAPES[shape].batch_size * SHAPES[shape].sequence_length
-
-
-def step_flops(shape: str, objective: str) -> float:
-    """Useful FLOPs of a step."""
-    sizes = SHAPES[shape]
-    share = MASK_RATIO if objective == "mlm" else 1 - 1 / sizes.sequence_length
-    attended = sizes.sequence_length / (2 if objective == "clm" else 1)
-    count = tokens(shape)
-    return training_flops(encoder_of(sizes), sizes.vocab_size, tokens=count, attended=attended * count, predicted=share * count)
 
 
 def describe(results: list[dict[str, Any]]) -> str:

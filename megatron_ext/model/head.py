@@ -17,8 +17,9 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.distributed import ProcessGroup, ReduceOp, all_reduce
+from torch.distributed import ProcessGroup
 
+from megatron_ext.model.cross_entropy import cross_entropy_
 from megatron_ext.model.presets import LOGITS_PER_CHUNK
 
 
@@ -88,14 +89,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=rows.device)
         grad_rows = torch.empty_like(rows) if needs_grad else None
         grad_weight = _start_of_gradient(weight, valid_rows, rows.shape[0] == 0) if needs_grad else None
-        step = max(1, LOGITS_PER_CHUNK // max(1, valid_rows))
+        step = max(1, LOGITS_PER_CHUNK["gpu" if rows.is_cuda else "cpu"] // max(1, valid_rows))
         for start in range(0, rows.shape[0], step):
             chunk = rows[start : start + step]
-            logits = (chunk @ valid.t()).float()
             local_ids = target_ids[start : start + step] - first_id
-            loss += _cross_entropy_(logits, local_ids, group)
+            part, grad_logits = cross_entropy_(chunk @ valid.t(), local_ids, group)
+            loss += part
             if needs_grad:
-                grad_logits = logits.to(rows.dtype)
                 torch.mm(grad_logits, valid, out=grad_rows[start : start + step])
                 _add_product(grad_weight[:valid_rows], grad_logits.t(), chunk, is_first=start == 0)
         ctx.save_for_backward(grad_rows, grad_weight)
@@ -120,7 +120,9 @@ def _start_of_gradient(weight: Tensor, valid_rows: int, is_all: bool) -> Tensor:
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
     """Add left @ right to a float32 sum, in place and without a temporary where the dtypes allow it."""
-    if left.dtype is not total.dtype:
+    if left.dtype is not total.dtype and left.is_cuda:
+        torch.addmm(total, left, right, beta=0 if is_first else 1, out_dtype=total.dtype, out=total)
+    elif left.dtype is not total.dtype:
         product = left @ right
         total.copy_(product) if is_first else total.add_(product)
     elif is_first:
@@ -137,28 +139,3 @@ def _hand_over(grad_weight: Tensor, grad_loss: Tensor, weight: Tensor) -> Tensor
     weight.main_grad.addcmul_(grad_weight, grad_loss.to(grad_weight.dtype))
     weight.grad_added_to_main_grad = True
     return torch.empty_like(weight)
-
-
-def _cross_entropy_(logits: Tensor, local_ids: Tensor, group: ProcessGroup) -> Tensor:
-    """Sum of the losses of a chunk; turns `logits` [n, valid rows] into the gradient softmax - one_hot, in place.
-
-    Two all-reduces over the tensor-parallel ranks: the row maxima, then the sums of exponentials and the targets' logits.
-    """
-    count, width = logits.shape
-    largest = logits.amax(dim=1) if width else torch.full((count,), float("-inf"), device=logits.device)
-    if group.size() > 1:
-        all_reduce(largest, op=ReduceOp.MAX, group=group)
-    logits -= largest[:, None]
-    is_local = (local_ids >= 0) & (local_ids < width)
-    rows = torch.arange(count, device=logits.device)
-    column = local_ids.clamp(0, max(0, width - 1))
-    target_logit = logits[rows, column] * is_local if width else torch.zeros_like(largest)
-    logits.exp_()
-    sums = torch.stack([logits.sum(dim=1), target_logit])
-    if group.size() > 1:
-        all_reduce(sums, group=group)
-    loss = (sums[0].log() - sums[1]).sum()
-    logits /= sums[0][:, None]
-    if width:
-        logits[rows, column] -= is_local.to(logits.dtype)
-    return loss

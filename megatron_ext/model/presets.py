@@ -117,8 +117,9 @@ STORED = (
 )
 """Fields that the weights in a checkpoint decide."""
 
-LOGITS_PER_CHUNK = 2**25
-"""Float32 logits that the head has alive at a time on one rank: 128 MiB."""
+LOGITS_PER_CHUNK = {"cpu": 2**25, "gpu": 2**28}
+"""Logits that the head has alive at a time on one rank: 128 MiB of float32, or on a GPU 512 MiB of bfloat16. Each chunk adds to the
+gradient of the whole head once more, which costs a GPU more than it costs a CPU."""
 
 DEFAULT_PRESET = "tiny"
 PRESETS: dict[str, Callable[[], EncoderConfig]] = {

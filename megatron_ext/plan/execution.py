@@ -88,5 +88,6 @@ class Execution:
             overlap_tensor=overlap and layout.sequence_parallel,
             overlap_reduce=overlap,
             overlap_gather=overlap and layout.distributed_optimizer,
-            logits_per_chunk=LOGITS_PER_CHUNK,
+            fused_loss=True,
+            logits_per_chunk=LOGITS_PER_CHUNK["gpu"],
         )

@@ -205,12 +205,12 @@ def _head(encoder: EncoderConfig, vocab_size: int, layout: Layout, row: _Row, sh
     vocabulary = padded_vocab_size(vocab_size, layout.tensor) // layout.tensor
     predicted = round(row.tokens * share)
     weight = vocabulary * encoder.hidden_size
-    chunk = min(predicted, max(1, LOGITS_PER_CHUNK // vocabulary)) * vocabulary
+    chunk = min(predicted, max(1, LOGITS_PER_CHUNK["cpu" if on_cpu else "gpu"] // vocabulary)) * vocabulary
     kept = predicted * encoder.hidden_size * row.element + weight * FLOAT32
     extra = row.element if row.element < FLOAT32 else 0
-    logits = chunk * (FLOAT32 + extra)
+    logits = chunk * ((FLOAT32 + extra) if on_cpu else row.element)
     gathered = (row.tokens + predicted) * encoder.hidden_size * row.element
-    forward = logits + gathered + weight * extra
+    forward = logits + gathered + (weight * extra if on_cpu else 0)
     # A weight that is not tied gets its gradient in place; what stands for it takes memory on a GPU, and none before it is touched.
     in_its_stead = 0 if on_cpu else weight * row.element
     backward = weight * (FLOAT32 + extra) if encoder.tie_embeddings else in_its_stead

@@ -102,6 +102,11 @@ def has_transformer_engine() -> bool:
     return transformer_engine_problem() is None
 
 
+def has_triton() -> bool:
+    """Whether kernels written in Triton can be compiled here: torch for CUDA comes with it."""
+    return is_there("triton")
+
+
 def can_fuse_weight_gradients(layers: Literal["local", "transformer_engine"]) -> bool:
     """Whether the product that gives a weight's gradient adds it to the float32 sum itself: TE's kernel, or Apex's on a GPU."""
     if layers == "transformer_engine":

@@ -5,9 +5,8 @@ import pytest
 
 from benchmarks import parallel, sequences
 from benchmarks.alternating import Contender, Ratio
-from benchmarks.contenders import SHAPES, make_batch
+from benchmarks.contenders import SHAPES, make_batch, step_flops
 from benchmarks.documents import TOKENS, make_rows
-from benchmarks.training_step import step_flops, tokens
 
 
 def test_ratios_are_those_of_neighbours() -> None:
@@ -18,7 +17,7 @@ def test_ratios_are_those_of_neighbours() -> None:
 def test_useful_work_is_the_written_formula(objective: str, attended: int, predicted: float) -> None:
     blocks = 12 * (4 * 768**2 + 3 * 768 * 3072)
     per_token = 6 * blocks + 12 * 12 * 768 * attended + 6 * predicted * 768 * 128_256
-    assert step_flops("210m", objective) == pytest.approx(per_token * tokens("210m"))
+    assert step_flops(SHAPES["210m"], objective) == pytest.approx(per_token * 4 * 512)
 
 
 def test_a_batch_hides_what_is_to_be_said() -> None:

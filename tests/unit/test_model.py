@@ -137,8 +137,8 @@ def _measure_head(model: Any) -> dict[str, Any]:
     results: dict[str, Any] = {"hidden": hidden, "positions": positions, "targets": targets, "weight": weight.detach().clone()}
     default, padding = head.LOGITS_PER_CHUNK, weight.detach()[VOCAB_SIZE:].clone()
     cases = [(name, size, 0.0, HEAD_ROWS) for name, size in CHUNKS.items()]
-    for name, size, padded_rows, rows in [*cases, ("padding", default, 9.0, HEAD_ROWS), ("nothing", default, 0.0, 0)]:
-        head.LOGITS_PER_CHUNK = size
+    for name, size, padded_rows, rows in [*cases, ("padding", default["cpu"], 9.0, HEAD_ROWS), ("nothing", default["cpu"], 0.0, 0)]:
+        head.LOGITS_PER_CHUNK = {"cpu": size}
         weight.data[VOCAB_SIZE:] = padded_rows
         weight.grad, states = None, hidden.clone().requires_grad_()
         loss = model.output_layer(states, positions[:rows], targets[:rows])
