@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 PYTHON312 ?= python3.12
 COMPAT := .venv-compat
 
-.PHONY: install demo adapt test test-compat test-slow test-gpu soak bench bench-conversion bench-memory fp8-study lint clean
+.PHONY: install demo adapt test test-compat test-slow test-gpu soak bench bench-gpu bench-conversion bench-memory fp8-study lint clean
 
 install: $(INSTALLED)
 
@@ -53,6 +53,10 @@ soak: install
 # Speed beside the alternatives and the hardware's limits, in turns: an hour on an idle machine. Results in build/bench.
 bench: install
 	$(BIN)/python -m benchmarks --output-dir build/bench
+
+# A training step on one GPU, beside transformers, megatron-core and the predictions. Results in build/bench_gpu.
+bench-gpu: install
+	$(BIN)/python -m benchmarks.gpu --output-dir build/bench_gpu
 
 # Time and memory of import and export beside a plain copy, and parity for each family. Results in build/conversion.
 bench-conversion: install

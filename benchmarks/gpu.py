@@ -2,9 +2,8 @@
 
 python -m benchmarks.gpu --output-dir build/bench_gpu
 
-Contenders are built one after the other, twice around, so that what else the machine does falls on all alike; each makes its steps
-without waiting for the device in between, and the time is that of all of them. A figure is the better of the two rounds; both are in
-the JSON.
+Contenders are built one after the other, round by round, so that what else the machine does falls on all alike; each makes its
+steps without waiting for the device, and the time is that of all of them. The best round is given; the JSON has all of them.
 MFU is counted FLOPs over the data sheet's bfloat16 rate, for FP8 too. Peak memory is what torch's allocator had in use at most.
 """
 
@@ -32,7 +31,7 @@ from megatron_ext.errors import CommandLine, UserError, run_command
 VOCABULARY = 128_256
 LENGTH = 2048
 BF16_PEAK = 989e12
-WARM_UP, STEPS, ROUNDS = 4, 10, 2
+WARM_UP, STEPS = 4, 10
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,7 @@ def main() -> int:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("build/bench_gpu"))
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise UserError("this benchmark is for a GPU, and there is no CUDA device")
@@ -77,7 +77,7 @@ def main() -> int:
     results: dict[Case, list[dict[str, Any]]] = {}
     rate = product_rate()
     for group in arguments.only:
-        for _, case in itertools.product(range(ROUNDS), CASES[group]):
+        for _, case in itertools.product(range(arguments.rounds), CASES[group]):
             results.setdefault(case, []).append(measure(case))
             print(f"{case}: {results[case][-1]}", flush=True)
             write(results, rate, arguments.output_dir)

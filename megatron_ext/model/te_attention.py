@@ -1,4 +1,4 @@
-"""Core attention on Transformer Engine's packed (THD) kernels. Untested on a GPU: see docs/architecture.md."""
+"""Core attention on Transformer Engine's packed (THD) kernels."""
 
 from typing import Any
 

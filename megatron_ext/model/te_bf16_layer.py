@@ -1,4 +1,4 @@
-"""A bfloat16 layer among FP8 ones under Transformer Engine's delayed scaling. Untested on a GPU: see docs/precision.md."""
+"""A bfloat16 layer among FP8 ones under Transformer Engine's delayed scaling."""
 
 from typing import Any
 

@@ -11,7 +11,7 @@ from megatron_ext.plan.anchor import Anchor
 from megatron_ext.plan.anchors import ANCHORS
 from megatron_ext.plan.kernels import CALIBRATED, Constants
 from megatron_ext.plan.speed import Prediction, predict
-from megatron_ext.plan.targets import predict_targets
+from megatron_ext.plan.targets import OWN_RUNS, SEQUENCE, OwnRun
 
 LOWEST = Constants(operand_traffic=0.0, exposed=0.05, triton_attention=0.2)
 HIGHEST = Constants(operand_traffic=6.0, exposed=0.9, triton_attention=1.0)
@@ -84,8 +84,12 @@ def as_dict(rows: Sequence[Row], constants: Constants) -> dict[str, Any]:
         }
         for row in rows
     ]
-    targets = [asdict(target) for target in predict_targets(constants)]
-    return {"constants": asdict(constants), "errors": summary, "rows": table, "targets": targets}
+    own = [_own_row(run, constants) for run in OWN_RUNS]
+    return {"constants": asdict(constants), "errors": summary, "rows": table, "own": own}
+
+
+def _own_row(run: OwnRun, constants: Constants) -> dict[str, Any]:
+    return {**asdict(run), "predicted": run.predict(constants).tokens_per_second}
 
 
 def render(rows: Sequence[Row], constants: Constants) -> list[str]:
@@ -100,9 +104,18 @@ def render(rows: Sequence[Row], constants: Constants) -> list[str]:
         median, worst = error_summary(rows, use)
         count = sum(row.use == use for row in rows)
         lines.append(f"{use}: {count} rows, median error {100 * median:.1f} %, worst {100 * worst:.1f} %")
-    lines += ["", "one H100, BF16, s 2048, MLM at 0.4, tokens/s (MFU): predicted, not measured", ""]
-    lines.append(f"{'model':10}{'target':>18}{'as built':>18}{'larger chunks':>18}{'and fused loss':>18}")
-    for target in predict_targets(constants):
-        figures = (target.target, target.target_mfu), target.as_built, target.larger_chunks, target.fused_loss
-        lines.append(f"{target.preset:10}" + "".join(f"{f'{speed:,.0f} ({100 * mfu:.1f} %)':>18}" for speed, mfu in figures))
-    return lines
+    lines += ["", "this stack on one H100, s 2048, tokens/s (MFU against the bf16 peak): measured once, fitted to nothing", ""]
+    lines.append(f"{'run':36}{'target':>12}{'measured':>20}{'predicted':>12}{'error':>9}")
+    return lines + [_own_line(run, constants) for run in OWN_RUNS]
+
+
+def _own_line(run: OwnRun, constants: Constants) -> str:
+    prediction = run.predict(constants)
+    name = f"{run.preset} {run.micro_batch_size} x {SEQUENCE} {run.objective} {run.recipe}"
+    target = f"{run.target:,.0f}" if run.target else ""
+    measured, error = "not measured", ""
+    if run.measured:
+        mfu = run.measured * run.work.flops_per_token() / prediction.gpu.bf16_peak
+        measured = f"{run.measured:,.0f} ({100 * mfu:.1f} %)"
+        error = f"{100 * (prediction.tokens_per_second / run.measured - 1):+.1f}%"
+    return f"{name:36}{target:>12}{measured:>20}{prediction.tokens_per_second:>12,.0f}{error:>9}"

@@ -1,43 +1,71 @@
-"""This stack's own targets on one H100, and what the model predicts for them: nothing of it has been measured."""
+"""This stack's own speed on one H100: what was wanted, what the model predicts, and what `benchmarks.gpu` measured there."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from megatron_ext.config import Recipe
 from megatron_ext.model.presets import LOGITS_PER_CHUNK, PRESETS
 from megatron_ext.plan.execution import Execution
 from megatron_ext.plan.hardware import GPUS
 from megatron_ext.plan.kernels import Constants
-from megatron_ext.plan.speed import predict
+from megatron_ext.plan.speed import Prediction, predict
 from megatron_ext.plan.workload import Shape, Workload
 
-VOCABULARY, SEQUENCE, RATIO = 128_256, 2048, 0.4
-TARGETS = (("210m", 32, 303e3), ("610m", 16, 103e3), ("1b", 8, 52.6e3), ("2b", 4, 33.2e3))
-"""Preset, micro-batch that fits, and tokens/s."""
-LARGER_CHUNK = 2**28
+VOCABULARY, SEQUENCE, MASK_RATIO = 128_256, 2048, 0.4
 
 
 @dataclass(frozen=True)
-class Target:
-    """Tokens/s and MFU: what is wanted, and what is predicted for the head as it is and as it could be."""
+class OwnRun:
+    """One GPU, rows of 2,048 tokens, one micro-batch a step."""
 
     preset: str
-    target: float
-    target_mfu: float
-    as_built: tuple[float, float]
-    larger_chunks: tuple[float, float]
-    """With eight times the logits at a time: the gradient of the head's weight is summed up less often."""
-    fused_loss: tuple[float, float]
-    """And with one kernel from bfloat16 logits to their gradient."""
+    micro_batch_size: int
+    objective: str
+    recipe: Recipe
+    measured: float | None
+    """Tokens/s."""
+    measured_gib: float | None
+    """Peak of torch's allocator."""
+    target: float | None = None
+    """Tokens/s, set by counting alone before anything was built."""
+
+    @property
+    def work(self) -> Workload:
+        """Model and objective; MLM at 0.4."""
+        causal = self.objective == "clm"
+        share = 1 - 1 / SEQUENCE if causal else MASK_RATIO
+        return Workload(shape=Shape.of(PRESETS[self.preset](), VOCABULARY), sequence=SEQUENCE, causal=causal, predicted_share=share)
+
+    @property
+    def run(self) -> Execution:
+        """One micro-batch on one GPU; what `Execution.of` makes of it, which needs torch."""
+        return Execution(
+            micro_batch=self.micro_batch_size,
+            global_batch=self.micro_batch_size,
+            recipe=self.recipe,
+            bf16_layers=2,
+            sequence_parallel=False,
+            distributed_optimizer=False,
+            fused_loss=True,
+            logits_per_chunk=LOGITS_PER_CHUNK["gpu"],
+        )
+
+    def predict(self, constants: Constants) -> Prediction:
+        """Of an H100."""
+        return predict(GPUS["h100"], self.work, self.run, constants)
 
 
-def predict_targets(constants: Constants) -> list[Target]:
-    """Predict each of the targets."""
-    gpu = GPUS["h100"]
-    rows = []
-    for preset, micro, wanted in TARGETS:
-        work = Workload(shape=Shape.of(PRESETS[preset](), VOCABULARY), sequence=SEQUENCE, predicted_share=RATIO)
-        as_built = Execution(micro_batch=micro, global_batch=512, distributed_optimizer=False, logits_per_chunk=LOGITS_PER_CHUNK)
-        larger = replace(as_built, logits_per_chunk=LARGER_CHUNK)
-        predictions = [predict(gpu, work, run, constants) for run in (as_built, larger, replace(larger, fused_loss=True))]
-        figures = [(each.tokens_per_second, each.mfu) for each in predictions]
-        rows.append(Target(preset, wanted, wanted * work.flops_per_token() / gpu.bf16_peak, *figures))
-    return rows
+OWN_RUNS = (
+    OwnRun("210m", 8, "mlm", "bf16", 219_205, 12.4),
+    OwnRun("210m", 8, "clm", "bf16", 192_006, 12.4),
+    OwnRun("210m", 32, "mlm", "bf16", 328_589, 29.5, 303e3),
+    OwnRun("210m", 32, "mlm", "fp8-delayed", 353_708, 27.4),
+    OwnRun("210m", 32, "mlm", "fp8-tensorwise", 344_674, 26.8),
+    OwnRun("210m", 32, "mlm", "fp8-blockwise", 341_528, 26.9),
+    OwnRun("610m", 16, "mlm", "bf16", 95_894, 46.3, 103e3),
+    OwnRun("610m", 16, "mlm", "fp8-tensorwise", 98_384, 42.5),
+    OwnRun("1b", 8, "mlm", "bf16", 50_509, 48.8, 52.6e3),
+    OwnRun("1b", 8, "mlm", "fp8-tensorwise", 50_201, 47.1),
+    OwnRun("2b", 4, "mlm", "bf16", None, None, 33.2e3),
+)
+"""H100 80GB HBM3, torch 2.11.0+cu130, Transformer Engine 2.20.2, megatron-core 0.16.1: docs/results/gpu.md. No constant was fitted
+to them, and the predictions were written down before the first of them was measured."""

@@ -3,8 +3,6 @@
 Written in Triton, which comes with torch where there is a GPU. The logits stay in their own dtype; sums are in float32.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -47,7 +45,7 @@ def turn_into_gradient(logits: Tensor, local_ids: Tensor, largest: Tensor, total
 
 
 @triton.jit
-def _row_sums(logits: Any, local_ids: Any, largest: Any, sums: Any, count: Any, width: tl.constexpr, columns: tl.constexpr):
+def _row_sums(logits, local_ids, largest, sums, count, width: tl.constexpr, columns: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * width
     highest = float("-inf")
@@ -67,7 +65,7 @@ def _row_sums(logits: Any, local_ids: Any, largest: Any, sums: Any, count: Any, 
 
 
 @triton.jit
-def _gradient(logits: Any, local_ids: Any, largest: Any, total: Any, width: tl.constexpr, columns: tl.constexpr):
+def _gradient(logits, local_ids, largest, total, width: tl.constexpr, columns: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * width
     place = tl.program_id(1) * columns + tl.arange(0, columns)

@@ -8,7 +8,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
-from multiprocessing import reduction
+from multiprocessing import forkserver, reduction
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any,
     """
     # A process that may use a GPU must not be forked from one that has looked for it.
     context = multiprocessing.get_context("spawn" if on_gpus else "forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    if not on_gpus:
+        _start_server()
     surroundings = _Surroundings(on_gpus)
     with tempfile.TemporaryDirectory() as folder:
         processes, results = [], []
@@ -64,6 +65,19 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any,
         if late or len(found) < world_size:
             raise RuntimeError(f"ranks {late or sorted(set(range(world_size)) - set(found))} did not end within {TIMEOUT:.0f} s")
         return [found[rank] for rank in range(world_size)]
+
+
+def _start_server() -> None:
+    """The process that ranks without a GPU are forked from, if it does not run yet. It sees no GPU either: what it imports looks
+    for one, and what was found then is not looked for again."""
+    forkserver.set_forkserver_preload(PRELOADED)
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+        os.environ.update({} if seen is None else {"CUDA_VISIBLE_DEVICES": seen})
 
 
 def _receive(results: list[Connection]) -> dict[int, Any]:

@@ -1,4 +1,4 @@
-"""Transformer Engine's buffers for tensor-parallel communication beside matrix products. Untested on a GPU."""
+"""Transformer Engine's buffers for tensor-parallel communication beside matrix products. Untested: it needs two GPUs."""
 
 from megatron_ext.config import PrecisionConfig
 from megatron_ext.errors import UserError

@@ -1,7 +1,8 @@
 """Scales of Transformer Engine's delayed scaling in a checkpoint, as plain tensors.
 
 Transformer Engine pickles what an FP8 module knows into a tensor of bytes, and unpickles it when the module is loaded; a pickle is
-code, and checkpoints hold none (docs/security.md). Its other recipes keep nothing. Untested on a GPU: see docs/precision.md.
+code, and checkpoints hold none (docs/security.md). Its other recipes keep nothing. That a resumed run takes them up is untested
+on a GPU.
 """
 
 from typing import Any

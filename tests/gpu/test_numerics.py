@@ -78,11 +78,12 @@ def _row(tokens: np.ndarray, documents: tuple[int, ...], objective: str) -> Micr
     return collate([example], [np.array(documents)], OBJECTIVES[objective], documents_attend_across=False, restart_positions=True)
 
 
-@pytest.mark.parametrize("dtype, loss, gradient", [(torch.float32, 1e-4, 1e-3), (torch.bfloat16, 1e-3, 1e-1)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype, loss, gradient", [(torch.float32, 1e-4, 5e-3), (torch.bfloat16, 1e-3, 1e-1)], ids=["fp32", "bf16"])
 def test_transformer_engine_computes_what_torch_does(
     transformer_engine: None, dtype: torch.dtype, loss: float, gradient: float
 ) -> None:
-    """Tolerances: TF32 products in float32; in bfloat16 those of the doctor, which say how far eight bits lead from float32."""
+    """Tolerances: TF32 products in float32, of which rounding the operands on a CPU to ten bits gives 2.0e-3 in the gradients and
+    1.0e-5 in the loss; in bfloat16 those of the doctor, which say how far eight bits lead from float32."""
     found = run_on_ranks(measure, 1, "transformer_engine", dtype, on_gpus=True)[0]
     expected = run_on_ranks(measure, 1, "local", torch.float32)[0]
     for objective in OBJECTIVES:

@@ -18,9 +18,9 @@ FP8 = {"fp8-delayed": (9, 0), "fp8-tensorwise": (9, 0), "fp8-blockwise": (9, 0),
 
 
 def tree_of(corpus: Corpus, folder: Path, gpus: int, recipe: str, **changes: Any) -> dict[str, Any]:
-    """The distributed tests' run with the `tiny` model, over as many GPUs as divide its batch."""
+    """The distributed tests' run with the `tiny` model, in widths of whole FP8 blocks, over as many GPUs as divide its batch."""
     tree = config_tree(corpus, folder, {"distributed_optimizer": gpus > 1}, precision={"recipe": recipe}, **changes)
-    return tree | {"model": {"preset": "tiny"}}
+    return tree | {"model": {"preset": "tiny", "ffn_hidden_size": 768}}
 
 
 def ranks_for(gpus: int) -> int:

@@ -208,4 +208,4 @@ def test_a_chunk_of_logits_is_that_of_the_head() -> None:
     from megatron_ext.model import head
     from megatron_ext.plan import memory
 
-    assert memory.LOGITS_PER_CHUNK == head.LOGITS_PER_CHUNK
+    assert memory.LOGITS_PER_CHUNK is head.LOGITS_PER_CHUNK
