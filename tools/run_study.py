@@ -2,12 +2,17 @@
 
 python tools/run_study.py plan examples/mlm_vs_clm/study.yaml
 python tools/run_study.py plan examples/mlm_vs_clm/study.yaml --gpus 192 --gpu h100
+python tools/run_study.py run STUDY.yaml --output-dir build/study --jobs 2
+python tools/run_study.py status STUDY.yaml --output-dir build/study
 
-GPU-hours are the planner's predictions, not measurements. `plan` is what there is so far: nothing is trained here yet.
+The same `run` goes on after a stop or a failure; what is trained is never trained again. GPU-hours are the planner's predictions,
+not measurements.
 """
 
 import argparse
 import sys
+from pathlib import Path
+from typing import Any
 
 from megatron_ext.errors import CommandLine, UserError, run_command
 
@@ -17,17 +22,34 @@ def build_parser() -> argparse.ArgumentParser:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandLine)
     plan = commands.add_parser("plan", help="the tree of segments, and what it takes, shared and model by model")
-    plan.add_argument("study", help="YAML file")
     plan.add_argument("--gpus", type=int, metavar="N", help="predict GPU-hours on so many (default: none are predicted)")
     plan.add_argument("--gpu", default="h100", metavar="G", help="a100, h100 (default), h200 or b200")
+    run = commands.add_parser("run", help="train what is not trained yet, and export the models")
+    run.add_argument("--jobs", type=int, default=1, metavar="N", help="segments at once (default: 1); the cores are shared")
+    run.add_argument("--ranks", type=int, default=1, metavar="N", help="processes of each segment (default: 1)")
+    run.add_argument("--slurm", action="store_true", help="submit a job for each segment instead, which waits for its parent's")
+    run.add_argument(
+        "--sbatch-option", action="append", default=[], metavar="OPTION", help="of each of them, e.g. --sbatch-option=--nodes=4"
+    )
+    status = commands.add_parser("status", help="the tree, with what is trained")
+    export = commands.add_parser("export", help="Hugging Face folders of the models that are trained (run does so as it goes)")
+    for command in (plan, run, status, export):
+        command.add_argument("study", help="YAML file")
+    for command in (run, status, export):
+        command.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="segments, checkpoints and models")
     return parser
 
 
 def main() -> int:
     """Do what the command line says."""
     arguments = build_parser().parse_args()
-    if arguments.gpus is not None and arguments.gpus < 1:
-        raise UserError(f"--gpus is {arguments.gpus}: it must be at least 1")
+    for name in ("gpus", "jobs", "ranks"):
+        if getattr(arguments, name, None) is not None and getattr(arguments, name) < 1:
+            raise UserError(f"--{name} is {getattr(arguments, name)}: it must be at least 1")
+    return COMMANDS[arguments.command](arguments)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
     from megatron_ext.plan.hardware import find_gpu
     from megatron_ext.study.accounting import Accountant, planner_seconds
     from megatron_ext.study.models import models_of
@@ -42,6 +64,49 @@ def main() -> int:
         accountant = Accountant(study, arguments.gpus, planner_seconds(study, arguments.gpus, find_gpu(arguments.gpu)))
     print("\n".join(render(models, build_tree(models), accountant)))
     return 0
+
+
+def _runs(arguments: argparse.Namespace) -> list[Any]:
+    from megatron_ext.study.models import models_of
+    from megatron_ext.study.segment_run import segment_runs
+    from megatron_ext.study.segments import all_paths, build_tree
+    from megatron_ext.study.study_file import read_study
+
+    study = read_study(arguments.study)
+    return segment_runs(study, all_paths(build_tree(models_of(study))), arguments.output_dir.resolve())
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from megatron_ext.study.exports import export
+    from megatron_ext.study.local_run import LocalRun, only_one, report_failures
+    from megatron_ext.study.slurm_run import export_command, submit
+
+    runs = _runs(arguments)
+    with only_one(arguments.output_dir):
+        if arguments.slurm:
+            submit(runs, arguments.sbatch_option, export_command(arguments.study, arguments.output_dir))
+            return 0
+        local = LocalRun(runs, arguments.jobs, arguments.ranks, lambda run: export(run, arguments.output_dir))
+        return report_failures(local.execute())
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from megatron_ext.study.status import render_status
+
+    print("\n".join(render_status(_runs(arguments))))
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from megatron_ext.study.exports import export
+
+    for run in _runs(arguments):
+        if run.is_done:
+            export(run, arguments.output_dir)
+    return 0
+
+
+COMMANDS = {"plan": _plan, "run": _run, "status": _status, "export": _export}
 
 
 if __name__ == "__main__":

@@ -73,6 +73,17 @@ def _without(parts: list[Part], steps: int) -> list[Part]:
     return [Part(first.objective, first.ratio, first.is_decay, first.steps - steps), *rest]
 
 
+def all_paths(roots: list[Segment]) -> list[tuple[Segment, ...]]:
+    """For every segment, parents before children, the segments from its root to it."""
+
+    def below(path: tuple[Segment, ...]) -> Iterator[tuple[Segment, ...]]:
+        yield path
+        for child in path[-1].children:
+            yield from below((*path, child))
+
+    return [path for root in roots for path in below((root,))]
+
+
 def all_segments(roots: list[Segment]) -> list[Segment]:
     """Every segment, parents before children."""
     return [segment for root in roots for segment in root.walk()]

@@ -3,7 +3,20 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from megatron_ext.config import OBJECTIVE_NAMES, require
+from megatron_ext.config import (
+    OBJECTIVE_NAMES,
+    CheckpointConfig,
+    DataConfig,
+    MaskingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    TrackingConfig,
+    TrainingConfig,
+    ValidationConfig,
+    require,
+)
 from megatron_ext.config_tree import build
 from megatron_ext.config_yaml import read_file
 
@@ -88,6 +101,22 @@ class Family:
 
 
 @dataclass(kw_only=True)
+class Sections:
+    """What all segments' configurations have in common: the sections of a run's, but for what the study decides."""
+
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass(kw_only=True)
 class Study:
     """All of it."""
 
@@ -100,13 +129,36 @@ class Study:
     warmup_steps: int
     decay_steps: int
     """Steps of linear decay at the end of every budget; before them a model shares the stable trunk with longer ones."""
+    evaluation_steps: list[int] = field(default_factory=list)
+    """Steps at which every model's checkpoint is kept and exported, besides its last."""
+    run: Sections | None = None
+    """Needed to run it: data, optimizer, tracking and whatever else a run's configuration says."""
 
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "sequence_length", "vocab_size", "decay_steps"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}: it must be greater than 0")
+        require(all(step > 0 for step in self.evaluation_steps), "evaluation_steps has a step of 0 or less")
         require(self.warmup_steps >= 0, f"warmup_steps is {self.warmup_steps}: it must not be negative")
         names = [family.name for family in self.families]
         require(len(set(names)) == len(names), f"families are called {', '.join(names)}: each needs a name of its own")
+
+        if self.run is not None:
+            self._check_sections(self.run)
+
+    def _check_sections(self, run: Sections) -> None:
+        """A section may repeat what the study decides, and not contradict it."""
+        decided: list[tuple[str, object, object, object]] = [
+            ("data.sequence_length", run.data.sequence_length, 2048, self.sequence_length),
+            ("training.global_batch_size", run.training.global_batch_size, 8, self.global_batch_size),
+            ("optimizer.warmup_steps", run.optimizer.warmup_steps, 0, self.warmup_steps),
+            ("optimizer.decay_steps", run.optimizer.decay_steps, 0, self.decay_steps),
+            ("optimizer.schedule", run.optimizer.schedule, "wsd", "wsd"),
+            ("model.preset", run.model.preset, None, None),
+            ("model.checkpoint", run.model.checkpoint, None, None),
+            ("training.stop_at_step", run.training.stop_at_step, None, None),
+        ]
+        for name, value, default, wanted in decided:
+            require(value in (default, wanted), f"run.{name} is {value}: the study decides it, leave it out")
 
     @property
     def tokens_per_step(self) -> int:
