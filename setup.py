@@ -4,6 +4,15 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+EVALUATION = [
+    "datasets>=3,<6",
+    "scikit-learn>=1.5,<2",
+    "seqeval>=1.2.2,<2",
+    "sentence-transformers>=6,<7",
+    "torchmetrics>=1.4,<2",
+    "ir-measures>=0.3.7,<1",
+]
+
 setup(
     name="megatron_ext",
     version="0.1.0",
@@ -36,8 +45,8 @@ setup(
     extras_require={
         # Up to 2.15 it unpickles the state of FP8 layers in a checkpoint, and so runs code from there. Tried: 2.20.2.
         "gpu": ["transformer-engine[pytorch]>=2.16.1,<3"],
-        # Fine-tuning and evaluation on transformers, and their grid on a cluster: what the study needs around the models.
-        "eval": ["accelerate>=1.1", "datasets>=3", "scikit-learn>=1.5", "seqeval>=1.2"],
+        # Fine-tuning and evaluation: metrics by the libraries that define them, data by those that read them.
+        "eval": EVALUATION,
         "cluster": ["ray[default]>=2.40"],
         "dev": [
             "pytest>=8.3",
@@ -49,6 +58,8 @@ setup(
             "setuptools>=77",
             "zstandard>=0.23",
             "accelerate>=1.1,<2",  # transformers' Trainer, a peer of the benchmarks
+            "pandas>=2.2",
+            *EVALUATION,
         ],
     },
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.data.demo_corpora import CORPORA, Corpus, cut_passages, fetch, read_members
+from megatron_ext.data.labelled_corpora import LABELLED
 from megatron_ext.errors import UserError
 
 ROWS = [{"passage": "One."}, {"passage": "Two é."}, {"passage": "One."}]
@@ -105,7 +106,7 @@ def test_passages_hold_the_whole_text_and_begin_at_headings():
 
 
 def test_every_corpus_is_pinned_and_licensed():
-    for corpus in CORPORA.values():
+    for corpus in (*CORPORA.values(), *LABELLED.values()):
         assert "==" in corpus.requirement
         assert all(len(pin) == 64 for pin in (corpus.package_sha256, corpus.members_sha256, corpus.output_sha256))
         assert corpus.licence

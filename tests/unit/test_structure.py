@@ -32,7 +32,7 @@ ALLOWED = {
     "train": CORE | {"unpickling", "objective", "runtime", "data", "model"},
     "hf": CORE | {"run_record", "unpickling", "objective", "data.tokenizer", "model.presets"},
     "plan": CORE | {"objective", "runtime", "data", "model", "train"},
-    "evaluation": {"secrets", "errors"},
+    "evaluation": {"secrets", "errors", "config_tree", "config_yaml"},
     "doctor": CORE | {"run_record", "unpickling", "objective", "runtime", "data", "model", "train", "hf", "plan", "evaluation"},
     "study": CORE
     | {"config_tree", "config_yaml", "unpickling", "objective", "runtime", "data", "model", "train", "hf", "plan", "evaluation"},

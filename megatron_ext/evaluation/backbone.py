@@ -1,0 +1,72 @@
+"""An encoder out of a Hugging Face folder, looking both ways or only back, whatever it was trained last with."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_ext.errors import UserError, one_line
+
+Attention = Literal["bidirectional", "causal"]
+CLASSES = {"bidirectional": "EuroBert", "causal": "Llama"}
+TWINS = {"eurobert", "llama"}
+"""Model types with the same weights under the same names: one looks both ways, the other back."""
+
+
+def load_backbone(folder: Path, attention: Attention) -> Any:
+    """The model without its language-model head, in float32.
+
+    Raises:
+        UserError: the folder holds no model, or one whose attention cannot be chosen.
+    """
+    import transformers
+    from transformers import AutoConfig, AutoModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # that the language-model head is left out is meant
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--model {folder}: there is no config.json in it")
+    try:
+        config = AutoConfig.from_pretrained(folder, **options)
+        model_class: Any = AutoModel
+        if config.model_type in TWINS:
+            config = _twin(config, attention)
+            model_class = getattr(transformers, f"{CLASSES[attention]}Model")
+        elif attention == "causal":
+            raise UserError(f"--model {folder} is a {config.model_type}: its attention cannot be made causal")
+        return model_class.from_pretrained(folder, config=config, dtype="float32", use_safetensors=True, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {folder} cannot be loaded: {one_line(error)}") from None
+
+
+def _twin(config: Any, attention: Attention) -> Any:
+    """The same sizes as the class that looks as it should."""
+    import transformers
+
+    wanted = getattr(transformers, f"{CLASSES[attention]}Config")
+    left_out = ("model_type", "architectures", "is_causal", "use_cache")
+    return wanted(**{name: value for name, value in config.to_dict().items() if name not in left_out}, use_cache=False)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Its tokenizer, which must know where in the text each token is.
+
+    Raises:
+        UserError: there is none, or a slow one.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {folder} has no tokenizer that can be loaded: {one_line(error)}") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"--model {folder} has a tokenizer without offsets (no tokenizer.json): convert it to a fast one")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def between(tokenizer: Any) -> str:
+    """What stands after the first of two texts where the tokenizer puts nothing there by itself."""
+    return "" if tokenizer.sep_token else tokenizer.eos_token or ""

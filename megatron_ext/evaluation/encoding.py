@@ -1,0 +1,105 @@
+"""Examples as token ids: what a head is trained and asked with."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ext.evaluation.backbone import between
+from megatron_ext.evaluation.sources import Row
+
+IGNORED = -100
+STRIDE_SHARE = 4
+"""Windows of a long context overlap by this part of their length."""
+
+Feature = dict[str, Any]
+
+
+def encode_texts(tokenizer: Any, rows: list[Row], labels: tuple[str, ...], max_length: int) -> list[Feature]:
+    """sc: one feature a row."""
+    ids = {label: number for number, label in enumerate(labels)}
+    first = [str(row["text"]) for row in rows]
+    pairs = [str(row["text_pair"]) for row in rows] if rows and "text_pair" in rows[0] else None
+    if pairs is not None:
+        first = [text + between(tokenizer) for text in first]
+    encoded = tokenizer(first, pairs, truncation=True, max_length=max_length, return_token_type_ids=False)
+    return [
+        {"input_ids": encoded["input_ids"][n], "attention_mask": encoded["attention_mask"][n], "labels": ids[str(row["label"])]}
+        for n, row in enumerate(rows)
+    ]
+
+
+def encode_words(tokenizer: Any, rows: list[Row], labels: tuple[str, ...], max_length: int) -> list[Feature]:
+    """tc: the label of a word is at its first token; all others have none."""
+    ids = {label: number for number, label in enumerate(labels)}
+    words = [list(map(str, row["tokens"])) for row in rows]
+    encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length, return_token_type_ids=False)
+    features = []
+    for number, row in enumerate(rows):
+        places, before = encoded.word_ids(number), None
+        marks = []
+        for word in places:
+            is_first = word is not None and word != before
+            marks.append(ids.get(str(row["tags"][word]), IGNORED) if is_first else IGNORED)
+            before = word if word is not None else before
+        features.append(
+            {"input_ids": encoded["input_ids"][number], "attention_mask": encoded["attention_mask"][number], "labels": marks}
+        )
+    return features
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of a context behind its question."""
+
+    row: int
+    feature: Feature
+    offsets: list[tuple[int, int] | None]
+    """For each token its place in the context; None outside of it."""
+
+
+def encode_questions(tokenizer: Any, rows: list[Row], max_length: int) -> list[Window]:
+    """qa: a long context in overlapping windows. A window that does not hold the whole answer points to its first token."""
+    questions = [str(row["question"]).strip() + between(tokenizer) for row in rows]
+    encoded = tokenizer(
+        questions,
+        [row["context"] for row in rows],
+        truncation="only_second",
+        max_length=max_length,
+        stride=max_length // STRIDE_SHARE,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+        return_token_type_ids=False,
+    )
+    windows = []
+    for number, row in enumerate(encoded["overflow_to_sample_mapping"]):
+        parts, places = encoded.sequence_ids(number), encoded["offset_mapping"][number]
+        offsets = [place if part == 1 else None for part, place in zip(parts, places, strict=True)]
+        start, end = _answer_tokens(rows[row]["answers"], offsets)
+        feature = {"input_ids": encoded["input_ids"][number], "attention_mask": encoded["attention_mask"][number]}
+        windows.append(Window(row, {**feature, "start_positions": start, "end_positions": end}, offsets))
+    return windows
+
+
+def _answer_tokens(answers: Row, offsets: list[tuple[int, int] | None]) -> tuple[int, int]:
+    """First and last token of the first answer; (0, 0) if this window does not hold all of it."""
+    if not answers["text"]:
+        return 0, 0
+    first = answers["answer_start"][0]
+    last = first + len(answers["text"][0])
+    starts = [n for n, place in enumerate(offsets) if place and place[0] <= first < place[1]]
+    ends = [n for n, place in enumerate(offsets) if place and place[0] < last <= place[1]]
+    return (starts[0], ends[-1]) if starts and ends else (0, 0)
+
+
+def pad(features: list[Feature], pad_id: int) -> dict[str, Any]:
+    """A batch of tensors, as long as its longest row."""
+    import torch
+
+    length = max(len(feature["input_ids"]) for feature in features)
+    fill = {"input_ids": pad_id, "attention_mask": 0, "labels": IGNORED}
+    batch: dict[str, Any] = {}
+    for name in features[0]:
+        values = [feature[name] for feature in features]
+        if isinstance(values[0], list):
+            values = [value + [fill[name]] * (length - len(value)) for value in values]
+        batch[name] = torch.tensor(values)
+    return batch

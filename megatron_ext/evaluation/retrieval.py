@@ -1,0 +1,71 @@
+"""Retrieval: queries and documents as mean-pooled vectors, trained with InfoNCE against the other documents of the batch."""
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_ext.evaluation.encoding import Feature, pad
+from megatron_ext.evaluation.heads import mean_pool
+from megatron_ext.evaluation.scores import Score, score_ranking
+from megatron_ext.evaluation.sources import Examples, Row
+from megatron_ext.evaluation.training import predict, train_loop
+
+if TYPE_CHECKING:
+    from megatron_ext.evaluation.finetune import FinetuneRun
+    from megatron_ext.evaluation.tasks import Task
+
+SCALE = 20.0
+"""Of the cosines before the softmax: the inverse temperature."""
+
+
+class Embedder(torch.nn.Module):
+    """Mean-pooled hidden states; for pairs the loss of sentence-transformers (van den Oord et al., arXiv 1807.03748)."""
+
+    def __init__(self, encoder: Any):
+        from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+        super().__init__()
+        self.encoder = encoder
+        self._ranking_loss = [MultipleNegativesRankingLoss(None, scale=SCALE)]  # in a list: no part of this model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, pairs: Tensor | None = None) -> dict[str, Tensor]:
+        """[b, s] ids -> vectors [b, h]; with `pairs` the first half are queries, the second their documents."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        vectors = mean_pool(hidden, attention_mask)
+        if pairs is None:
+            return {"logits": vectors}
+        queries, documents = vectors.float().chunk(2)
+        return {"loss": self._ranking_loss[0].compute_loss_from_embeddings([queries, documents], None)}
+
+
+def train_retriever(
+    run: "FinetuneRun", task: "Task", examples: Examples, tokenizer: Any, backbone: Any, device: Any
+) -> tuple[tuple[Score, Score], list[float]]:
+    """Train on pairs, rank the documents of each split."""
+    encode = partial(tokenizer, truncation=True, max_length=task.max_length, return_token_type_ids=False)
+    pad_one = partial(pad, pad_id=tokenizer.pad_token_id)
+
+    def embed(texts: list[str]) -> Tensor:
+        encoded = encode(texts)
+        features = [{name: encoded[name][n] for name in ("input_ids", "attention_mask")} for n in range(len(texts))]
+        return torch.from_numpy(np.stack(predict(model, features, run.settings.batch_size, device, pad_one)))
+
+    def collate(rows: list[Feature]) -> dict[str, Any]:
+        encoded = encode([row["query"] for row in rows] + [row["positive"] for row in rows])
+        features = [{name: encoded[name][n] for name in ("input_ids", "attention_mask")} for n in range(2 * len(rows))]
+        return {**pad_one(features), "pairs": torch.ones(())}
+
+    model = Embedder(backbone).to(device)
+    losses = train_loop(model, examples.train, run.settings, run.learning_rate, run.seed, device, collate)
+    validation, test = (_rank(embed, rows) for rows in (examples.validation, examples.test))
+    return (validation, test), losses
+
+
+def _rank(embed: Any, rows: list[Row]) -> Score:
+    """Every query against the documents of its split, each of which is there once."""
+    documents = list(dict.fromkeys(row["positive"] for row in rows))
+    places = {text: place for place, text in enumerate(documents)}
+    return score_ranking(embed([row["query"] for row in rows]), embed(documents), [places[row["positive"]] for row in rows])

@@ -1,0 +1,98 @@
+"""The loop of a fine-tuning run, and its settings."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_ext.evaluation.backbone import Attention
+from megatron_ext.evaluation.encoding import Feature
+
+WARMUP_SHARE = 0.1
+WEIGHT_DECAY, CLIP = 0.1, 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all runs of a grid have in common; the paper's, unless said otherwise."""
+
+    max_steps: int = 1000
+    """At most so many, and at most one pass over the training rows."""
+    batch_size: int = 32
+    attention: Attention = "bidirectional"
+    max_rows: int | None = None
+    """Training rows, the first so many; None: all."""
+    max_test_rows: int | None = None
+    """Rows of validation and of the test, the first so many."""
+    packages: str = "build/data"
+    """Where the packaged sets are."""
+
+
+def seed_everything(seed: int) -> None:
+    """Of every generator that a run draws from: heads and the order of the rows."""
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def count_steps(rows: int, settings: Settings) -> int:
+    """One pass, or `max_steps` if that is less."""
+    return max(1, min(settings.max_steps, rows // settings.batch_size))
+
+
+def train_loop(
+    model: Any, features: list[Any], settings: Settings, learning_rate: float, seed: int, device: Any, collate: Any
+) -> list[float]:
+    """AdamW with a linear warm-up and decay over shuffled rows; the loss of every step."""
+    import torch
+    from transformers import get_linear_schedule_with_warmup
+
+    steps, size = count_steps(len(features), settings), settings.batch_size
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
+    schedule = get_linear_schedule_with_warmup(optimizer, round(WARMUP_SHARE * steps), steps)
+    order = np.random.default_rng(seed).permutation(len(features))
+    model.train()
+    losses = []
+    for step in range(steps):
+        chosen = order[step * size : (step + 1) * size]
+        with _numbers(device):
+            loss = model(**_to(collate([features[index] for index in chosen]), device))["loss"]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.detach())
+    return torch.stack(losses).float().tolist()
+
+
+def predict(model: Any, features: list[Feature], batch_size: int, device: Any, collate: Any) -> list[np.ndarray]:
+    """Logits of every feature, without padding; rows of like length are asked together."""
+    import torch
+
+    model.eval()
+    order = np.argsort([len(feature["input_ids"]) for feature in features], kind="stable")
+    found: list[Any] = [None] * len(features)
+    with torch.inference_mode(), _numbers(device):
+        for first in range(0, len(order), 4 * batch_size):
+            chosen = order[first : first + 4 * batch_size]
+            batch = collate([features[index] for index in chosen])
+            inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+            logits = model(**inputs)["logits"].float().cpu().numpy()
+            for index, row in zip(chosen, logits, strict=True):
+                found[index] = row[: len(features[index]["input_ids"])] if row.ndim > 1 else row
+    return found
+
+
+def _numbers(device: Any) -> Any:
+    """bfloat16 products on a GPU, float32 elsewhere."""
+    import torch
+
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+def _to(batch: dict[str, Any], device: Any) -> dict[str, Any]:
+    return {name: value.to(device) for name, value in batch.items()}

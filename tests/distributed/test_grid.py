@@ -1,0 +1,133 @@
+"""Grids of fine-tuning runs on real processes: nothing is done twice, a killed worker costs one run, a killed grid goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+import yaml
+
+from megatron_ext.errors import UserError
+from megatron_ext.evaluation.grid_file import grid_runs, read_grid
+from megatron_ext.evaluation.pool import run_all
+from tests.unit.test_evaluation import model, write_reviews  # noqa: F401 - a fixture
+
+ROOT = Path(__file__).parents[2]
+
+
+def act(task: str) -> str:
+    """A task that ends as its name says."""
+    if task == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if task == "raise":
+        raise ValueError("it was told to")
+    return f"{task} done"
+
+
+def test_a_worker_that_is_killed_costs_its_task_alone() -> None:
+    tasks = ["a", "die", "b", "raise", "c", "die", "d"]
+    found = list(run_all(act, tasks, 2))
+    assert sorted(done.task for done in found) == sorted(tasks)
+    assert {done.task: done.result for done in found if done.error is None} == {name: f"{name} done" for name in "abcd"}
+    errors = sorted(done.error for done in found if done.error)
+    assert errors == [
+        "ValueError: it was told to",
+        *["its process ended with code -9 (-9: killed, perhaps for want of memory)"] * 2,
+    ]
+
+
+@pytest.fixture
+def grid(model: Path, tmp_path: Path) -> Path:  # noqa: F811
+    """Two models, one task, two learning rates and three seeds: twelve runs."""
+    tree = {
+        "models": {"one": str(model), "other": str(model)},
+        "tasks": ["rotten_tomatoes"],
+        "data": {"rotten_tomatoes": str(write_reviews(tmp_path))},
+        "learning_rates": [1e-2, 1e-4],
+        "seeds": [0, 1, 2],
+        "batch_size": 8,
+    }
+    file = tmp_path / "grid.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+def command(grid: Path, output_dir: Path, *arguments: str) -> list[str]:
+    return [
+        sys.executable,
+        str(ROOT / "tools/run_grid.py"),
+        str(grid),
+        "--output-dir",
+        str(output_dir),
+        "--workers",
+        "2",
+        *arguments,
+    ]
+
+
+def table(output_dir: Path) -> Any:
+    return pandas.read_parquet(output_dir / "results.parquet")
+
+
+def test_a_grid_that_is_killed_goes_on_and_ends_as_if_it_had_not_been(grid: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(grid, whole), check=True, capture_output=True, timeout=200)
+    process = subprocess.Popen(command(grid, killed, "--mlflow-uri", "none"), stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 100
+    while len(list(killed.glob("runs/*.json"))) < 3:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in killed.glob("runs/*.json")}
+    assert 3 <= len(kept) < 12
+    subprocess.run(command(grid, killed, "--mlflow-uri", "none"), check=True, capture_output=True, timeout=200)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    timeless = [name for name in table(whole).columns if name != "seconds"]
+    pandas.testing.assert_frame_equal(table(whole)[timeless], table(killed)[timeless])
+    assert len(table(whole)) == 12 and set(table(whole)["model"]) == {"one", "other"}
+    _check_mlflow(whole)
+
+
+def _check_mlflow(output_dir: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{output_dir}/mlflow.db")
+    parent = (output_dir / "mlflow_run_id").read_text()
+    runs = client.search_runs([client.get_run(parent).info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
+    found = {run.data.params["key"]: run.data.metrics["test"] for run in runs}
+    assert found == dict(zip(table(output_dir)["key"], table(output_dir)["test"], strict=True))
+
+
+def test_keys_are_those_of_what_a_run_depends_on(grid: Path, tmp_path: Path) -> None:
+    keys = [run.key for run in grid_runs(read_grid(str(grid)))]
+    assert len(set(keys)) == 12
+    tree = yaml.safe_load(grid.read_text())
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump({**tree, "seeds": [0, 1, 2, 3]}))
+    assert set(keys) < {run.key for run in grid_runs(read_grid(str(tmp_path / "more.yaml")))}
+    (tmp_path / "longer.yaml").write_text(yaml.safe_dump({**tree, "max_steps": 5}))
+    assert not set(keys) & {run.key for run in grid_runs(read_grid(str(tmp_path / "longer.yaml")))}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"seeds": []}, r"seeds is \[\]: it needs one value at least"),
+        ({"tasks": ["glue"]}, "the task is 'glue'"),
+        ({"models": {}}, "there are no models"),
+        ({"models": {"one": "nowhere"}}, "model one: there is no config.json in nowhere"),
+        ({"learning_rates": [-1.0]}, "learning_rates has -1.0"),
+        ({"attention": "both"}, "attention is both"),
+        ({"seed": [1]}, "seed is no key that is known"),
+    ],
+)
+def test_bad_grids_are_refused(grid: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(yaml.safe_dump({**yaml.safe_load(grid.read_text()), **changes}))
+    with pytest.raises(UserError, match=message):
+        grid_runs(read_grid(str(file)))

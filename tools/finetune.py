@@ -1,0 +1,83 @@
+"""Fine-tune a Hugging Face encoder on one task and score it on validation and test: one run.
+
+python tools/finetune.py --model MODEL_FOLDER --task sst2 --learning-rate 5e-5 --seed 0
+python tools/finetune.py --model MODEL_FOLDER --task rotten_tomatoes --learning-rate 2e-4 --seed 0 --json
+
+Bidirectional attention, whatever the model was trained with last; --attention causal lets it see only what came before.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from megatron_ext.errors import CommandLine, UserError, run_command
+from megatron_ext.evaluation.tasks import FAMILIES, TASKS, find_task
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="config.json, safetensors and tokenizer.json")
+    parser.add_argument("--task", required=True, choices=TASKS, metavar="TASK", help=_tasks())
+    parser.add_argument("--learning-rate", required=True, type=float)
+    parser.add_argument("--seed", type=int, default=0, help="of the head and of the order of the rows (default: 0)")
+    parser.add_argument(
+        "--data", help="own copy of the data: a file with a column split, or a folder of train, validation, test files"
+    )
+    parser.add_argument(
+        "--packages", default="build/data", help="where tools/fetch_demo_data.py puts its sets (default: build/data)"
+    )
+    parser.add_argument("--attention", choices=("bidirectional", "causal"), default="bidirectional")
+    parser.add_argument("--max-steps", type=int, default=1000, help="at most, and at most one pass (default: 1000)")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--threads", type=int, help="of a CPU (default: torch's)")
+    parser.add_argument("--json", action="store_true", help="print plain values")
+    return parser
+
+
+def _tasks() -> str:
+    lines = [f"{FAMILIES[family]}: {', '.join(t.name for t in TASKS.values() if t.family == family)}" for family in FAMILIES]
+    return "; ".join(lines)
+
+
+def main() -> int:
+    """Do one run."""
+    arguments = build_parser().parse_args()
+    for name in ("learning_rate", "max_steps", "batch_size", "threads"):
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be greater than 0")
+    if not Path(arguments.model).is_dir():
+        raise UserError(f"--model {arguments.model}: there is no such folder")
+    from megatron_ext.evaluation.finetune import FinetuneRun, finetune, use_threads
+    from megatron_ext.evaluation.training import Settings
+
+    if arguments.threads:
+        use_threads(arguments.threads)
+    settings = Settings(
+        max_steps=arguments.max_steps,
+        batch_size=arguments.batch_size,
+        attention=arguments.attention,
+        packages=arguments.packages,
+    )
+    run = FinetuneRun(
+        model=arguments.model,
+        task=arguments.task,
+        learning_rate=arguments.learning_rate,
+        seed=arguments.seed,
+        data=arguments.data,
+        settings=settings,
+    )
+    outcome = finetune(run)
+    figures = {name: value for name, value in vars(outcome).items() if name != "test_items"}
+    if arguments.json:
+        print(json.dumps({**run.as_dict(), "metric": find_task(run.task).metric, **figures}))
+    else:
+        print(f"{run.task}, {find_task(run.task).metric}: validation {outcome.validation:.4f}, test {outcome.test:.4f}")
+        print(f"{outcome.steps} steps, training loss {outcome.train_loss:.4f} at the end, {outcome.seconds:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
