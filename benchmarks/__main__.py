@@ -1,4 +1,4 @@
-"""Every benchmark of speed, one after the other: what `make bench` runs. An hour or so on two cores, with nothing else running.
+"""Every benchmark of speed, one after the other: what `make bench` runs. About 40 minutes on two cores, with nothing else running.
 
 python -m benchmarks --output-dir build/bench
 """
@@ -7,17 +7,44 @@ import argparse
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.errors import CommandLine, UserError, run_command
 
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A module and what it is asked for."""
+
+    title: str
+    module: str
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> str:
+        """As typed, the folder aside."""
+        return " ".join(["python -m", f"benchmarks.{self.module}", *self.arguments])
+
+
+LARGE = ("--shapes", "210m", "--pairs", "2", "--peers", "transformers", "megatron_core")
 BENCHMARKS = {
-    "training_step": "A training step beside its peers",
-    "parallel": "Two ranks beside one",
-    "sequences": "Long rows and packed documents",
-    "data": "Data",
-    "startup": "Start-up and checkpoints",
-    "growth": "Growth",
+    "step-tiny": Benchmark("A training step beside its peers: tiny", "training_step", ("--shapes", "tiny")),
+    "step-210m": Benchmark("A training step beside its peers: 210M", "training_step", LARGE),
+    "step-tiny-as-they-come": Benchmark(
+        "Peers as they come: tiny", "training_step", ("--shapes", "tiny", "--pairs", "3", "--as-they-come")
+    ),
+    "step-210m-as-they-come": Benchmark("Peers as they come: 210M", "training_step", (*LARGE, "--as-they-come")),
+    "parallel-tiny": Benchmark("Two ranks beside one: tiny", "parallel", ("--shapes", "tiny")),
+    "parallel-wide": Benchmark(
+        "Two ranks beside one: wide",
+        "parallel",
+        ("--shapes", "wide", "--layouts", "DP2", "TP2", "PP2", "--micro-batches", "4", "--pairs", "3"),
+    ),
+    "sequences": Benchmark("Long rows and packed documents", "sequences", ("--pairs", "2")),
+    "data": Benchmark("Data", "data", ("--pairs", "2")),
+    "startup": Benchmark("Start-up and checkpoints", "startup", ("--rounds", "2")),
+    "growth": Benchmark("Growth", "growth"),
 }
 
 
@@ -27,21 +54,18 @@ def main() -> int:
     parser.add_argument("--output-dir", type=Path, default=Path("build/bench"))
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS))
     arguments = parser.parse_args()
+    tables = []
     for name in arguments.only:
-        folder = arguments.output_dir / name
-        print(f"\n{BENCHMARKS[name]} (python -m benchmarks.{name})", flush=True)
+        benchmark, folder = BENCHMARKS[name], arguments.output_dir / name
+        print(f"\n{benchmark.title} ({benchmark.command})", flush=True)
         started = time.monotonic()
-        done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--output-dir", str(folder)])
+        command = [sys.executable, "-m", f"benchmarks.{benchmark.module}", *benchmark.arguments, "--output-dir", str(folder)]
+        done = subprocess.run(command)
         if done.returncode:
-            raise UserError(f"benchmarks.{name} ended with code {done.returncode}")
-        print(f"{time.monotonic() - started:.0f} s")
-    tables = [
-        f"## {BENCHMARKS[name]}\n\n    python -m benchmarks.{name}\n\n{(arguments.output_dir / name / 'summary.md').read_text()}"
-        for name in BENCHMARKS
-        if (arguments.output_dir / name / "summary.md").is_file()
-    ]
-    (arguments.output_dir / "summary.md").write_text("\n".join(tables))
-    print(f"\n{arguments.output_dir / 'summary.md'}")
+            raise UserError(f"{benchmark.command} ended with code {done.returncode}")
+        print(f"{time.monotonic() - started:.0f} s", flush=True)
+        tables.append(f"## {benchmark.title}\n\n    {benchmark.command}\n\n{(folder / 'summary.md').read_text()}")
+        (arguments.output_dir / "summary.md").write_text("\n".join(tables))
     return 0
 
 

@@ -25,7 +25,7 @@ from megatron_ext.errors import CommandLine, run_command
 
 OURS = "megatron_ext"
 PEERS = [name for name in CONTENDERS if name != OURS]
-WARM_UP = 2
+WARM_UP = 1
 
 
 def main() -> int:
