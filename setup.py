@@ -11,6 +11,7 @@ EVALUATION = [
     "sentence-transformers>=6,<7",
     "torchmetrics>=1.4,<2",
     "ir-measures>=0.3.7,<1",
+    "scipy>=1.13,<2",
 ]
 
 setup(
@@ -54,7 +55,6 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.9",
-            "scipy>=1.13,<2",
             "setuptools>=77",
             "zstandard>=0.23",
             "accelerate>=1.1,<2",  # transformers' Trainer, a peer of the benchmarks

@@ -71,7 +71,9 @@ class SegmentRun:
     def exports(self) -> list[tuple[str, Path]]:
         """(name of the Hugging Face folder, checkpoint) of what is evaluated: finished models, and steps that the study names."""
         found = [(model.name, self.last_checkpoint) for model in self.segment.models]
-        return found + [(f"{self.name}.at-{step}", self.folder / "checkpoints" / checkpoint_name(step)) for step in self.evaluated]
+        return found + [
+            (at_step_name(self.path, step), self.folder / "checkpoints" / checkpoint_name(step)) for step in self.evaluated
+        ]
 
     def write_config(self) -> None:
         """Put the configuration where the run reads it."""
@@ -101,6 +103,11 @@ class SegmentRun:
 def segment_name(path: tuple[Segment, ...]) -> str:
     """`tiny.clm-300.mlm0.4-600.mlm0.4-decay-650`: what was trained until which step."""
     return ".".join([path[0].size, *(f"{segment.part.label.replace(' ', '-')}-{segment.end_step}" for segment in path)])
+
+
+def at_step_name(path: tuple[Segment, ...], step: int) -> str:
+    """Of a model that is exported on the way."""
+    return f"{segment_name(path)}.at-{step}"
 
 
 def segment_runs(study: Study, paths: list[tuple[Segment, ...]], output_dir: Path) -> list[SegmentRun]:

@@ -1,0 +1,114 @@
+"""What a study knows of its models: plan, budget and cost, under the names that their exports have."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megatron_ext.study.models import Model, Part, models_of, step_cost
+from megatron_ext.study.segment_run import at_step_name
+from megatron_ext.study.segments import Segment, all_paths, build_tree
+from megatron_ext.study.study_file import Study
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One model, finished or on its way."""
+
+    name: str
+    size: str
+    family: str
+    """Of the study file; `on the way` of a checkpoint in the middle."""
+    plan: str
+    """Objectives in order: `clm`, `mlm0.4`, `clm > mlm0.4`."""
+    ratio: float | None
+    """Of the last masked stretch."""
+    causal_share: float | None
+    """Of the steps before the decay, for plans of CLM and one MLM ratio; None for others and for continued ones."""
+    steps: int
+    added_steps: int
+    """Of continued pretraining; 0 without it."""
+    flops: float
+    is_finished: bool
+    """It has decayed."""
+
+    @property
+    def objective(self) -> str:
+        """clm, mlm or both."""
+        return "clm" if self.plan == "clm" else "mlm" if "clm" not in self.plan else "both"
+
+
+def facts_of(study: Study) -> list[Facts]:
+    """Every model of the study, then every checkpoint on the way that it evaluates."""
+    models = models_of(study)
+    found = [_of_model(study, model) for model in models]
+    for path in all_paths(build_tree(models)):
+        segment = path[-1]
+        if not segment.part.is_decay:
+            for step in sorted(study.evaluation_steps):
+                if segment.start_step < step <= segment.end_step:
+                    found.append(_on_the_way(study, path, step))
+    return found
+
+
+def _of_model(study: Study, model: Model) -> Facts:
+    added = 0
+    for number, part in enumerate(model.parts):
+        if part.rewarms:
+            added = sum(later.steps for later in model.parts[number:])
+    return Facts(
+        name=model.name,
+        size=model.size,
+        family=model.family,
+        plan=_plan(model.parts),
+        ratio=_ratio(model.parts),
+        causal_share=None if added else _causal_share(model.parts),
+        steps=model.steps,
+        added_steps=added,
+        flops=_flops(study, model.size, model.parts),
+        is_finished=True,
+    )
+
+
+def _on_the_way(study: Study, path: tuple[Segment, ...], step: int) -> Facts:
+    parts = [segment.part for segment in path]
+    last = parts[-1]
+    parts[-1] = Part(last.objective, last.ratio, False, step - path[-1].start_step, last.rewarms)
+    return Facts(
+        name=at_step_name(path, step),
+        size=path[0].size,
+        family="on the way",
+        plan=_plan(parts),
+        ratio=_ratio(parts),
+        causal_share=None,
+        steps=step,
+        added_steps=0,
+        flops=_flops(study, path[0].size, parts),
+        is_finished=False,
+    )
+
+
+def _label(part: Part) -> str:
+    return "clm" if part.objective == "clm" else f"{part.objective}{part.ratio:g}"
+
+
+def _plan(parts: Iterable[Part]) -> str:
+    words: list[str] = []
+    for part in parts:
+        word = f"+ {_label(part)}" if part.rewarms else _label(part)
+        if not words or words[-1].removeprefix("+ ") != word:
+            words.append(word)
+    return " > ".join(words).replace(" > + ", " + ")
+
+
+def _ratio(parts: Iterable[Part]) -> float | None:
+    masked = [part.ratio for part in parts if part.objective != "clm"]
+    return masked[-1] if masked else None
+
+
+def _causal_share(parts: Iterable[Part]) -> float | None:
+    stable = [part for part in parts if not part.is_decay]
+    total = sum(part.steps for part in stable)
+    return sum(part.steps for part in stable if part.objective == "clm") / total if total else None
+
+
+def _flops(study: Study, size: str, parts: Iterable[Part]) -> float:
+    return sum(part.steps * step_cost(study, size, part.objective, part.ratio).flops for part in parts)

@@ -1,0 +1,145 @@
+"""From a grid's results to the report of a study: what was scored, how sure it is, and which runs every number is of."""
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.errors import UserError, one_line
+from megatron_ext.evaluation.comparison import Comparison, compare
+from megatron_ext.evaluation.selection import Score, TaskScore, family_scores, select
+from megatron_ext.evaluation.tasks import FAMILIES, METRICS
+from megatron_ext.study.facts import Facts
+from megatron_ext.study.figures import DPI, Evidence, draw_all
+from megatron_ext.study.report_page import Picture, Report, Table
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a grid's table.
+
+    Raises:
+        UserError: there is none, or it has no rows.
+    """
+    import pyarrow.parquet
+
+    file = folder / "results.parquet"
+    try:
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {one_line(error)}") from None
+    if not rows:
+        raise UserError(f"{file} has no rows: run the grid first")
+    return rows
+
+
+def items_of(folder: Path) -> Callable[[str], Any]:
+    """Key of a run -> the scores of its test items."""
+    import numpy as np
+
+    return lambda key: np.load(folder / "items" / f"{key}.npy", allow_pickle=False)
+
+
+def make_report(title: str, rows: Sequence[dict[str, Any]], facts: Sequence[Facts], items: Callable[[str], Any] | None) -> Report:
+    """Everything that the results say.
+
+    Args:
+        title: of the page.
+        rows: of a grid.
+        facts: of the study's models; models without are compared, and in no curve.
+        items: None leaves the tests over items out.
+    """
+    from matplotlib import pyplot
+
+    tasks = select(rows)
+    families = family_scores(tasks)
+    known = {each.name: each for each in facts}
+    pictures = []
+    for named in draw_all(Evidence(known, families, tasks)):
+        data = io.BytesIO()
+        named.figure.savefig(data, format="png", dpi=DPI)
+        pyplot.close(named.figure)
+        pictures.append(Picture(named.name, named.title, named.caption, data.getvalue()))
+    finished = [score for score in tasks if score.model not in known or known[score.model].is_finished]
+    tables = [
+        _overview(families, known),
+        _tests(compare(finished, items)),
+        _task_table(tasks),
+        _run_table(rows),
+    ]
+    return Report(title, _notes(rows, tasks), pictures, tables)
+
+
+def _notes(rows: Sequence[dict[str, Any]], tasks: Sequence[TaskScore]) -> list[str]:
+    models, seeds = {row["model"] for row in rows}, {row["seed"] for row in rows}
+    names = sorted({score.task for score in tasks})
+    rates = sorted({row["learning_rate"] for row in rows})
+    hours = sum(row.get("seconds", 0.0) for row in rows) / 3600
+    return [
+        f"{len(rows):,} fine-tuning runs: {len(models)} models, {len(names)} tasks ({', '.join(names)}), {len(rates)} "
+        f"learning rates, {len(seeds)} seeds; {hours:.1f} hours of workers.",
+        "The learning rate is chosen on validation, for each model and task. Scores are of the test split: means over seeds, "
+        "± half of the 95 % interval by Student's t. A family's score is the mean over its tasks.",
+    ]
+
+
+def _number(score: Score) -> str:
+    return f"{100 * score.mean:.2f}" + ("" if score.half_width is None else f" ± {100 * score.half_width:.2f}")
+
+
+def _overview(families: dict[tuple[str, str], Score], facts: dict[str, Facts]) -> Table:
+    shown = [family for family in FAMILIES if any(other == family for _, other in families)]
+    models = list(dict.fromkeys(model for model, _ in families))
+    rows, best = [], set()
+    for number, model in enumerate(models):
+        known = facts.get(model)
+        about = [f"{known.plan}", f"{known.steps:,}", f"{known.flops:.2e}"] if known else ["", "", ""]
+        cells = [_number(families[model, family]) if (model, family) in families else "" for family in shown]
+        rows.append([model, *about, *cells])
+        for column, family in enumerate(shown):
+            top = max(score.mean for (_, other), score in families.items() if other == family)
+            if (model, family) in families and families[model, family].mean == top:
+                best.add((number, 4 + column))
+    head = ["model", "plan", "steps", "FLOPs", *(f"{family.upper()}, {METRICS[family]}, %" for family in shown)]
+    return Table("models", "Models", head, rows, "The best of each column is bold.", best=frozenset(best))
+
+
+def _tests(found: Sequence[Comparison]) -> Table:
+    head = ["task", "model", "other", "difference, points", "p over seeds", "corrected", "p over items", "corrected"]
+    rows = [
+        [
+            *(each.task, each.first, each.second, f"{100 * each.difference:+.2f}"),
+            *map(_p, (each.over_seeds, each.corrected_seeds, each.over_items, each.corrected_items)),
+        ]
+        for each in found
+    ]
+    caption = (
+        "Paired t-tests over seeds (which say whether another seed would decide the same) and over test items (whether other "
+        "examples would); corrected by Benjamini and Hochberg over all comparisons of this table."
+    )
+    return Table("tests", "Every pair of models", head, rows, caption, folded=True)
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}" if value < 1e-3 else f"{value:.3f}"  # noqa: PLR2004
+
+
+def _task_table(tasks: Sequence[TaskScore]) -> Table:
+    head = ["model", "family", "task", "learning rate", "test, %", "spread over learning rates, points", "runs"]
+    rows = [
+        [
+            *(score.model, score.family, score.task, f"{score.learning_rate:g}"),
+            *(_number(score.test), f"{100 * score.spread:.2f}", " ".join(score.test.keys)),
+        ]
+        for score in tasks
+    ]
+    return Table("tasks", "Every model on every task", head, rows, "The runs are the files runs/KEY.json of the grid.", folded=True)
+
+
+def _run_table(rows: Sequence[dict[str, Any]]) -> Table:
+    names = ["key", "model", "task", "learning_rate", "seed", "validation", "test", "train_loss", "steps", "seconds"]
+    cells = [[_cell(row[name]) if name in row else "" for name in names] for row in rows]
+    return Table("runs", "Every run", names, cells, folded=True)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

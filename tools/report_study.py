@@ -1,0 +1,42 @@
+"""The report of a grid of fine-tuning runs: one HTML page that needs nothing else, with PNG, CSV and Markdown beside it.
+
+python tools/report_study.py build/grid --output-dir build/report
+python tools/report_study.py build/grid --study STUDY.yaml --output-dir build/report
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_ext.errors import CommandLine, run_command, say
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("grid", type=Path, help="output folder of tools/run_grid.py")
+    parser.add_argument(
+        "--study", metavar="FILE", help="study file that trained the models: plans, budgets and costs for the curves"
+    )
+    parser.add_argument("--title", help="of the page (default: the study's name, or the folder's)")
+    parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR")
+    return parser
+
+
+def main() -> int:
+    """Read, draw, write."""
+    arguments = build_parser().parse_args()
+    from megatron_ext.study.facts import facts_of
+    from megatron_ext.study.report import items_of, make_report, read_results
+    from megatron_ext.study.study_file import read_study
+
+    rows = read_results(arguments.grid)
+    study = read_study(arguments.study) if arguments.study else None
+    title = arguments.title or (study.name if study else arguments.grid.name)
+    report = make_report(title, rows, facts_of(study) if study else [], items_of(arguments.grid))
+    say(f"report: {report.write(arguments.output_dir)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
