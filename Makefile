@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 PYTHON312 ?= python3.12
 COMPAT := .venv-compat
 
-.PHONY: install demo adapt test test-compat test-slow test-gpu soak bench bench-gpu bench-conversion bench-memory fp8-study lint clean
+.PHONY: install demo adapt mini-study test test-compat test-slow test-gpu soak bench bench-gpu bench-conversion bench-memory fp8-study lint clean
 
 install: $(INSTALLED)
 
@@ -24,6 +24,10 @@ demo: install
 # A decoder -> checkpoint -> MLM -> Hugging Face encoder, compared before and after on film reviews. Results in build/adapt_decoder.
 adapt: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/adapt_decoder/run.sh
+
+# A small study from text to report: 12 models as a tree, hundreds of fine-tuning runs. Hours; results in build/mini_study.
+mini-study: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/mini_study/run.sh
 
 # Three files at a time: most tests wait for processes of their own, so that two cores have room for a third. In their order:
 # the long files come first, so that none of them runs alone at the end.

@@ -35,6 +35,14 @@ def _questions_and_passages(members: Members) -> Iterator[dict[str, Any]]:
         yield {"query": row["question"], "positive": passage, "split": split_of(passage), "id": f"boolq-{index}"}
 
 
+def _training_passages(members: Members) -> Iterator[dict[str, Any]]:
+    """To pretrain on: each passage once, less those that validation and test ask for."""
+    passages = dict.fromkeys(row["passage"] for row in _rows(members))
+    for index, passage in enumerate(passages):
+        if split_of(passage) == "train":
+            yield {"text": passage, "id": f"boolq-{index}", "source": "boolq"}
+
+
 def _yes_or_no(members: Members) -> Iterator[dict[str, Any]]:
     """A question with a passage, and whether its answer is yes; rows without an answer are left out."""
     for index, row in enumerate(_rows(members)):
@@ -97,6 +105,12 @@ LABELLED = {
             **BOOLQ,
             output_sha256="a232225bd8e0fb3be97396919406e4c4b27b3a3cd0d8f42c468a01c7135f163f",
             convert=_questions_and_passages,
+        ),
+        Corpus(
+            name="boolq_train_passages",
+            **BOOLQ,
+            output_sha256="b14448bf891acbf26159b5ebd88dc298314be133b102a9b7d593b2206f4e7aaa",
+            convert=_training_passages,
         ),
         Corpus(
             name="boolq",

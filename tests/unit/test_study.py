@@ -5,12 +5,15 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.errors import UserError
+from megatron_ext.evaluation.grid_file import read_grid
+from megatron_ext.evaluation.tasks import find_task
 from megatron_ext.model.flops import training_flops
 from megatron_ext.model.presets import PRESETS
 from megatron_ext.study.accounting import Accountant
 from megatron_ext.study.models import Model, Part, models_of, step_cost
 from megatron_ext.study.overview import render
-from megatron_ext.study.segments import Segment, all_segments, build_tree
+from megatron_ext.study.segment_run import segment_runs
+from megatron_ext.study.segments import Segment, all_paths, all_segments, build_tree
 from megatron_ext.study.study_file import Study, read_study
 from tests.unit.processes import refusal, run_tool
 
@@ -33,6 +36,18 @@ families:
     plans:
       - stretches: [{first}, {second}]
 """
+
+
+def test_the_mini_study_is_one_that_can_be_run(tmp_path: Path) -> None:
+    """12 models of 10,800 steps in 6,200, and a grid of tasks that are there."""
+    mini = Path(__file__).parents[2] / "examples/mini_study"
+    study = read_study(str(mini / "study.yaml"))
+    models = models_of(study)
+    runs = segment_runs(study, all_paths(build_tree(models)), tmp_path)
+    assert len(models) == 12 and sum(model.steps for model in models) == 10_800
+    assert sum(run.segment.part.steps for run in runs) == 6_200
+    grid = read_grid(str(mini / "grid.yaml"))
+    assert {find_task(task).family for task in grid.tasks} == {"sc", "tc", "ir"}
 
 
 @pytest.fixture(scope="module")
