@@ -23,18 +23,19 @@ def load_backbone(folder: Path, attention: Attention) -> Any:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # that the language-model head is left out is meant
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if not (folder / "config.json").is_file():
         raise UserError(f"--model {folder}: there is no config.json in it")
     try:
-        config = AutoConfig.from_pretrained(folder, **options)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model_class: Any = AutoModel
         if config.model_type in TWINS:
             config = _twin(config, attention)
             model_class = getattr(transformers, f"{CLASSES[attention]}Model")
         elif attention == "causal":
             raise UserError(f"--model {folder} is a {config.model_type}: its attention cannot be made causal")
-        return model_class.from_pretrained(folder, config=config, dtype="float32", use_safetensors=True, local_files_only=True)
+        return model_class.from_pretrained(
+            folder, config=config, dtype="float32", use_safetensors=True, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"--model {folder} cannot be loaded: {one_line(error)}") from None
 
