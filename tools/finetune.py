@@ -25,6 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data", help="own copy of the data: a file with a column split, or a folder of train, validation, test files"
     )
+    parser.add_argument("--source-data", help="of a transfer: own copy of the data that it is trained on")
     parser.add_argument(
         "--packages", default="build/data", help="where tools/fetch_demo_data.py puts its sets (default: build/data)"
     )
@@ -48,6 +49,8 @@ def main() -> int:
         value = getattr(arguments, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be greater than 0")
+    if not 0 <= arguments.seed < 2**32:
+        raise UserError(f"--seed is {arguments.seed}: it must lie between 0 and 2^32 - 1")
     if not Path(arguments.model).is_dir():
         raise UserError(f"--model {arguments.model}: there is no such folder")
     from megatron_ext.evaluation.finetune import FinetuneRun, finetune, use_threads
@@ -67,6 +70,7 @@ def main() -> int:
         learning_rate=arguments.learning_rate,
         seed=arguments.seed,
         data=arguments.data,
+        source_data=arguments.source_data,
         settings=settings,
     )
     outcome = finetune(run)

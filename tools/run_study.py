@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import CommandLine, UserError, run_command
+from megatron_ext.locked_folder import only_one
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,8 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpus", type=int, metavar="N", help="predict GPU-hours on so many (default: none are predicted)")
     plan.add_argument("--gpu", default="h100", metavar="G", help="a100, h100 (default), h200 or b200")
     run = commands.add_parser("run", help="train what is not trained yet, and export the models")
-    run.add_argument("--jobs", type=int, default=1, metavar="N", help="segments at once (default: 1); the cores are shared")
-    run.add_argument("--ranks", type=int, default=1, metavar="N", help="processes of each segment (default: 1)")
+    run.add_argument("--jobs", type=int, metavar="N", help="segments at once (default: 1); they share the cores, or the GPUs")
+    run.add_argument("--ranks", type=int, metavar="N", help="processes of each segment (default: 1)")
     run.add_argument("--slurm", action="store_true", help="submit a job for each segment instead, which waits for its parent's")
     run.add_argument(
         "--sbatch-option", action="append", default=[], metavar="OPTION", help="of each of them, e.g. --sbatch-option=--nodes=4"
@@ -78,15 +79,19 @@ def _runs(arguments: argparse.Namespace) -> list[Any]:
 
 def _run(arguments: argparse.Namespace) -> int:
     from megatron_ext.study.exports import export
-    from megatron_ext.study.local_run import LocalRun, only_one, report_failures
-    from megatron_ext.study.slurm_run import export_command, submit
+    from megatron_ext.study.local_run import LocalRun, report_failures
+    from megatron_ext.study.slurm_run import submit
 
-    runs = _runs(arguments)
-    with only_one(arguments.output_dir):
+    if arguments.slurm and (arguments.jobs or arguments.ranks):
+        raise UserError("--jobs and --ranks are of this machine: with --slurm say it with --sbatch-option")
+    if arguments.sbatch_option and not arguments.slurm:
+        raise UserError("--sbatch-option needs --slurm")
+    output_dir, runs = arguments.output_dir.resolve(), _runs(arguments)
+    with only_one(output_dir, "study"):
         if arguments.slurm:
-            submit(runs, arguments.sbatch_option, export_command(arguments.study, arguments.output_dir))
+            submit(runs, arguments.sbatch_option, arguments.study, output_dir)
             return 0
-        local = LocalRun(runs, arguments.jobs, arguments.ranks, lambda run: export(run, arguments.output_dir))
+        local = LocalRun(runs, arguments.jobs or 1, arguments.ranks or 1, lambda run: export(run, output_dir))
         return report_failures(local.execute())
 
 

@@ -15,9 +15,10 @@ def load_backbone(folder: Path, attention: Attention) -> Any:
     """The model without its language-model head, in float32.
 
     Raises:
-        UserError: the folder holds no model, or one whose attention cannot be chosen.
+        UserError: the folder holds no model, or not all of its weights, or one whose attention cannot be chosen.
     """
     import transformers
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel
     from transformers.utils import logging
 
@@ -33,11 +34,20 @@ def load_backbone(folder: Path, attention: Attention) -> Any:
             model_class = getattr(transformers, f"{CLASSES[attention]}Model")
         elif attention == "causal":
             raise UserError(f"--model {folder} is a {config.model_type}: its attention cannot be made causal")
-        return model_class.from_pretrained(
-            folder, config=config, dtype="float32", use_safetensors=True, local_files_only=True, trust_remote_code=False
+        model, found = model_class.from_pretrained(
+            folder,
+            config=config,
+            dtype="float32",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {folder} cannot be loaded: {one_line(error)}") from None
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"--model {folder}: its files lack {len(missing)} weights, such as {missing[0]}")
+    return model
 
 
 def _twin(config: Any, attention: Attention) -> Any:

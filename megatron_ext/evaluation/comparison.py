@@ -10,6 +10,8 @@ from scipy import stats
 from megatron_ext.evaluation.selection import TaskScore
 
 MIN_PAIRS = 2
+ROUNDING = 1e-12
+"""Differences that vary by no more do not vary."""
 
 
 @dataclass(frozen=True)
@@ -35,22 +37,19 @@ Items = Callable[[str], np.ndarray]
 """Key of a run -> [n] scores of its test items."""
 
 
-def compare(scores: Sequence[TaskScore], items: Items | None, pairs: Sequence[tuple[str, str]] | None = None) -> list[Comparison]:
+def compare(scores: Sequence[TaskScore], items: Items | None) -> list[Comparison]:
     """Every pair of models on every task that both have.
 
     Args:
         scores: of `select`.
         items: None leaves the tests over items out.
-        pairs: of models; None takes all.
     """
     found = []
     by_task: dict[str, dict[str, TaskScore]] = {}
     for score in scores:
         by_task.setdefault(score.task, {})[score.model] = score
     for task, own in by_task.items():
-        for first, second in pairs if pairs is not None else itertools.combinations(own, 2):
-            if first in own and second in own:
-                found.append(_compare(task, own[first], own[second], items))
+        found += [_compare(task, own[first], own[second], items) for first, second in itertools.combinations(own, 2)]
     seeds = _correct([each.over_seeds for each in found])
     corrected = _correct([each.over_items for each in found])
     return [
@@ -73,7 +72,7 @@ def _compare(task: str, first: TaskScore, second: TaskScore, items: Items | None
 def paired_p(one: Sequence[float] | np.ndarray, other: Sequence[float] | np.ndarray) -> float | None:
     """Two-sided p of the paired t-test; None where there is nothing to test."""
     differences = np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)
-    if len(differences) < MIN_PAIRS or not np.ptp(differences):
+    if len(differences) < MIN_PAIRS or np.ptp(differences) <= ROUNDING:
         return None
     return float(stats.ttest_rel(one, other).pvalue)
 

@@ -18,32 +18,49 @@ def encode_texts(tokenizer: Any, rows: list[Row], labels: tuple[str, ...], max_l
     ids = {label: number for number, label in enumerate(labels)}
     first = [str(row["text"]) for row in rows]
     pairs = [str(row["text_pair"]) for row in rows] if rows and "text_pair" in rows[0] else None
-    if pairs is not None:
-        first = [text + between(tokenizer) for text in first]
-    encoded = tokenizer(first, pairs, truncation=True, max_length=max_length, return_token_type_ids=False)
+    if pairs is not None:  # what stands between them must not be cut off with the first
+        first = [shortened(tokenizer, text, max_length // 2) + between(tokenizer) for text in first]
+    encoded = tokenizer(
+        first, pairs, truncation="only_second" if pairs else True, max_length=max_length, return_token_type_ids=False
+    )
     return [
         {"input_ids": encoded["input_ids"][n], "attention_mask": encoded["attention_mask"][n], "labels": ids[str(row["label"])]}
         for n, row in enumerate(rows)
     ]
 
 
-def encode_words(tokenizer: Any, rows: list[Row], labels: tuple[str, ...], max_length: int) -> list[Feature]:
-    """tc: the label of a word is at its first token; all others have none."""
+def shortened(tokenizer: Any, text: str, length: int) -> str:
+    """The text, cut behind so many tokens."""
+    offsets = tokenizer(text, truncation=True, max_length=length, add_special_tokens=False, return_offsets_mapping=True)[
+        "offset_mapping"
+    ]
+    return text[: offsets[-1][1]] if len(offsets) == length else text
+
+
+def encode_words(
+    tokenizer: Any, rows: list[Row], labels: tuple[str, ...], max_length: int
+) -> tuple[list[Feature], list[dict[int, int]]]:
+    """tc: the label of a word is at its first token; all others have none.
+
+    Returns:
+        The features, and for each row {word: its first token}; a word that was cut off, or has no token at all, is not in it.
+    """
     ids = {label: number for number, label in enumerate(labels)}
     words = [list(map(str, row["tokens"])) for row in rows]
     encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length, return_token_type_ids=False)
-    features = []
+    features, places = [], []
     for number, row in enumerate(rows):
-        places, before = encoded.word_ids(number), None
-        marks = []
-        for word in places:
-            is_first = word is not None and word != before
-            marks.append(ids.get(str(row["tags"][word]), IGNORED) if is_first else IGNORED)
-            before = word if word is not None else before
-        features.append(
-            {"input_ids": encoded["input_ids"][number], "attention_mask": encoded["attention_mask"][number], "labels": marks}
-        )
-    return features
+        firsts: dict[int, int] = {}
+        for token, word in enumerate(encoded.word_ids(number)):
+            if word is not None:
+                firsts.setdefault(word, token)
+        marks = [IGNORED] * len(encoded["input_ids"][number])
+        for word, token in firsts.items():
+            marks[token] = ids.get(row["tags"][word], IGNORED)
+        inputs = {name: encoded[name][number] for name in ("input_ids", "attention_mask")}
+        features.append({**inputs, "labels": marks})
+        places.append(firsts)
+    return features, places
 
 
 @dataclass(frozen=True)
@@ -58,7 +75,7 @@ class Window:
 
 def encode_questions(tokenizer: Any, rows: list[Row], max_length: int) -> list[Window]:
     """qa: a long context in overlapping windows. A window that does not hold the whole answer points to its first token."""
-    questions = [str(row["question"]).strip() + between(tokenizer) for row in rows]
+    questions = [shortened(tokenizer, str(row["question"]).strip(), max_length // 2) + between(tokenizer) for row in rows]
     encoded = tokenizer(
         questions,
         [row["context"] for row in rows],

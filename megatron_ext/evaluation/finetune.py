@@ -30,6 +30,8 @@ class FinetuneRun:
     seed: int
     data: str | None = None
     """Local copy of the task's data; see `sources.load`."""
+    source_data: str | None = None
+    """Of a transfer: that of the task it is trained on."""
     settings: Settings = Settings()
 
     def as_dict(self) -> dict[str, Any]:
@@ -52,11 +54,9 @@ class Outcome:
 
 
 @lru_cache(maxsize=4)
-def _examples(task: Task, data: str | None, settings: Settings) -> Examples:
-    found = load(task, Path(data) if data else None, Path(settings.packages))
-    if task.trained_on and data is None:
-        source = find_task(task.trained_on)
-        found = Examples(load(source, None, Path(settings.packages)).train, found.validation, found.test, found.labels)
+def _examples(task: Task, data: str | None, source_data: str | None, settings: Settings) -> Examples:
+    places = [Path(place) if place else None for place in (data, source_data)]
+    found = load(task, places[0], Path(settings.packages), places[1])
     limit, test = settings.max_rows, settings.max_test_rows
     return Examples(found.train[:limit], found.validation[:test], found.test[:test], found.labels)
 
@@ -71,7 +71,7 @@ def finetune(run: FinetuneRun) -> Outcome:
 
     started = time.perf_counter()
     task = find_task(run.task)
-    examples = _examples(task, run.data, run.settings)
+    examples = _examples(task, run.data, run.source_data, run.settings)
     seed_everything(run.seed)
     tokenizer = load_tokenizer(Path(run.model))
     backbone = load_backbone(Path(run.model), run.settings.attention)
@@ -91,8 +91,8 @@ def train_head(
     from megatron_ext.evaluation.heads import SequenceClassifier, SpanFinder, TokenClassifier
 
     encode = {
-        "sc": partial(_encode_plain, encode_texts, examples.labels),
-        "tc": partial(_encode_plain, encode_words, examples.labels),
+        "sc": partial(_encode_plain, examples.labels),
+        "tc": partial(_encode_tagged, examples.labels),
         "qa": _encode_windows,
     }[task.family]
     classes: dict[str, Callable[[], Any]] = {
@@ -106,14 +106,18 @@ def train_head(
     losses = train_loop(model, features, run.settings, run.learning_rate, run.seed, device, collate)
     scores = []
     for rows in (examples.validation, examples.test):
-        asked, windows = encode(tokenizer, rows, task.max_length)
+        asked, places = encode(tokenizer, rows, task.max_length)
         logits = predict(model, asked, run.settings.batch_size, device, collate)
-        scores.append(_score(task, logits, asked, windows, rows, examples.labels))
+        scores.append(_score(task, logits, asked, places, rows, examples.labels))
     return (scores[0], scores[1]), losses
 
 
-def _encode_plain(encode: Any, labels: tuple[str, ...], tokenizer: Any, rows: list[Row], length: int) -> tuple[list[Feature], Any]:
-    return encode(tokenizer, rows, labels, length), None
+def _encode_tagged(labels: tuple[str, ...], tokenizer: Any, rows: list[Row], length: int) -> tuple[list[Feature], Any]:
+    return encode_words(tokenizer, rows, labels, length)
+
+
+def _encode_plain(labels: tuple[str, ...], tokenizer: Any, rows: list[Row], length: int) -> tuple[list[Feature], Any]:
+    return encode_texts(tokenizer, rows, labels, length), None
 
 
 def _encode_windows(tokenizer: Any, rows: list[Row], length: int) -> tuple[list[Feature], Any]:
@@ -122,13 +126,13 @@ def _encode_windows(tokenizer: Any, rows: list[Row], length: int) -> tuple[list[
 
 
 def _score(
-    task: Task, logits: list[np.ndarray], asked: list[Feature], windows: Any, rows: list[Row], labels: tuple[str, ...]
+    task: Task, logits: list[np.ndarray], asked: list[Feature], places: Any, rows: list[Row], labels: tuple[str, ...]
 ) -> Score:
     if task.family == "sc":
         return score_labels(np.stack(logits), asked)
     if task.family == "tc":
-        return score_tags(logits, asked, rows, labels)
-    return score_answers(logits, windows, rows)
+        return score_tags(logits, places, rows, labels)
+    return score_answers(logits, places, rows)
 
 
 def use_threads(count: int) -> None:

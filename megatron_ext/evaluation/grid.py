@@ -1,5 +1,6 @@
 """Runs a grid: what is done is not done again, what fails is one run less, and every run is a row and an MLflow run."""
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -87,12 +88,22 @@ def on_a_cluster(address: str, gpus_per_run: float) -> Executor:
 
 
 def mlflow_tracker(uri: str, name: str, folder: Path) -> Callable[[dict[str, Any]], None]:
-    """Makes each row a run below one of the grid's own. MLflow being down costs a warning and no result."""
+    """Makes each row a run below one of the grid's own. MLflow being down costs a warning and no result.
+
+    Args:
+        uri: of the tracking server.
+        name: of the grid's run.
+        folder: of the grid, which keeps the number of that run.
+    """
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param
 
     client = MlflowClient(uri)
-    parent = _parent_run(client, name, folder)
+    try:
+        parent = _parent_run(client, uri, name, folder)
+    except Exception as error:  # whatever a server, a file or a network can say
+        warn(f"MLflow at {uri} cannot be used ({type(error).__name__}): the grid goes on without it")
+        return lambda row: None
 
     def track(row: dict[str, Any]) -> None:
         try:
@@ -110,13 +121,15 @@ def mlflow_tracker(uri: str, name: str, folder: Path) -> Callable[[dict[str, Any
     return track
 
 
-def _parent_run(client: Any, name: str, folder: Path) -> Any:
-    """The grid's own run: the one it had before, if it goes on."""
-    note = folder / "mlflow_run_id"
+def _parent_run(client: Any, uri: str, name: str, folder: Path) -> Any:
+    """The grid's own run: the one it had before at this server, if it goes on."""
+    note = folder / "mlflow_run.json"
     if note.exists():
-        return client.get_run(note.read_text().strip())
+        before = json.loads(note.read_text())
+        if before["uri"] == uri:
+            return client.get_run(before["run_id"])
     experiment = client.get_experiment_by_name("fine-tuning")
     experiment_id = experiment.experiment_id if experiment else client.create_experiment("fine-tuning")
     parent = client.create_run(experiment_id, tags={"mlflow.runName": name})
-    note.write_text(parent.info.run_id)
+    note.write_text(json.dumps({"uri": uri, "run_id": parent.info.run_id}))
     return parent

@@ -98,12 +98,37 @@ def grid_runs(grid: Grid) -> list[GridRun]:
         print_of_model = _print_of_model(name, folder)
         for task, rate, seed in itertools.product(grid.tasks, grid.learning_rates, grid.seeds):
             run = FinetuneRun(
-                model=str(folder), task=task, learning_rate=rate, seed=seed, data=grid.data.get(task), settings=settings
+                model=str(folder),
+                task=task,
+                learning_rate=rate,
+                seed=seed,
+                data=grid.data.get(task),
+                source_data=grid.data.get(find_task(task).trained_on or ""),
+                settings=settings,
             )
-            told = {**asdict(run), "name": name, "model": print_of_model, "settings": {**asdict(settings), "packages": ""}}
+            told = {
+                **asdict(run),
+                "name": name,
+                "model": print_of_model,
+                **_about_task(grid, task),
+                "settings": {**asdict(settings), "packages": ""},
+            }
             key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
             runs.append(GridRun(name, run, key))
     return runs
+
+
+def _about_task(grid: Grid, task: str) -> dict[str, Any]:
+    """What else a run's outcome depends on: the data's files, by size and time, and how long an example may be."""
+    found = find_task(task)
+    places = [grid.data.get(name) for name in (task, found.trained_on) if name]
+    places = [place for place in places if place] or ([f"{grid.packages}/{task}.jsonl"] if found.hub is None else [])
+    files = [file for place in map(Path, places) for file in (sorted(place.iterdir()) if place.is_dir() else [place])]
+    return {"max_length": found.max_length, "files": [_print_of_file(file) for file in files if file.is_file()]}
+
+
+def _print_of_file(file: Path) -> list[Any]:
+    return [file.name, file.stat().st_size, file.stat().st_mtime_ns]
 
 
 def _models(grid: Grid) -> dict[str, Path]:
@@ -123,4 +148,4 @@ def _print_of_model(name: str, folder: Path) -> list[Any]:
     if not (folder / "config.json").is_file():
         raise UserError(f"model {name}: there is no config.json in {folder}")
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return [_print_of_file(path) for path in files]

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ext.evaluation.encoding import IGNORED, Feature, Window
+from megatron_ext.evaluation.encoding import Feature, Window
 from megatron_ext.evaluation.sources import Row
 
 LONGEST_ANSWER = 30
@@ -35,19 +35,22 @@ def score_labels(logits: np.ndarray, features: list[Feature]) -> Score:
     return Score(float(accuracy_score(labels, guesses)), (guesses == labels).astype(np.float32))
 
 
-def score_tags(logits: list[np.ndarray], features: list[Feature], rows: list[Row], labels: tuple[str, ...]) -> Score:
-    """tc: F1 of whole entities (seqeval). Words behind the cut count as guessed outside of any."""
+def score_tags(logits: list[np.ndarray], places: list[dict[int, int]], rows: list[Row], labels: tuple[str, ...]) -> Score:
+    """tc: F1 of whole entities (seqeval). Words that have no token, and those behind the cut, count as guessed outside of any.
+
+    Args:
+        logits: [tokens, labels] of each row.
+        places: of each row, {word: its first token}.
+        rows: with their tags.
+        labels: by id.
+    """
     from seqeval.metrics import f1_score
 
-    wanted, guessed = [], []
-    for row_logits, feature, row in zip(logits, features, rows, strict=True):
-        places = [place for place, label in enumerate(feature["labels"]) if label != IGNORED]
-        found = [labels[guess] for guess in row_logits[places].argmax(axis=-1)]
-        tags = [str(tag) for tag in row["tags"]]
-        known = [tag for tag in tags if tag in labels]  # tags that no training row has cannot be guessed, and count as missed
-        guesses = iter(found[: len(known)])
-        guessed.append([next(guesses, "O") if tag in labels else "O" for tag in tags])
-        wanted.append(tags)
+    wanted = [row["tags"] for row in rows]
+    guessed = [
+        [labels[int(scores[firsts[word]].argmax())] if word in firsts else "O" for word in range(len(tags))]
+        for scores, firsts, tags in zip(logits, places, wanted, strict=True)
+    ]
     items = np.array([one == other for one, other in zip(wanted, guessed, strict=True)], dtype=np.float32)
     return Score(float(f1_score(wanted, guessed, zero_division=0)), items)
 

@@ -55,7 +55,10 @@ class TaskScore:
 
 
 def select(rows: Sequence[Row]) -> list[TaskScore]:
-    """Each model on each task, in the order of the rows. Of two equally good learning rates the smaller one is taken."""
+    """Each model on each task, in the order of the rows. Of two equally good learning rates the smaller one is taken.
+
+    Only learning rates at which no run is missing can be chosen: one that diverges on two seeds must not win by the third.
+    """
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["model"], row["task"]), []).append(row)
@@ -64,7 +67,9 @@ def select(rows: Sequence[Row]) -> list[TaskScore]:
         by_rate: dict[float, list[Row]] = {}
         for row in sorted(own, key=lambda row: (row["learning_rate"], row["seed"])):
             by_rate.setdefault(row["learning_rate"], []).append(row)
-        chosen = max(by_rate, key=lambda rate: float(np.mean([row["validation"] for row in by_rate[rate]])))
+        most = max(len(group) for group in by_rate.values())
+        whole = {rate: group for rate, group in by_rate.items() if len(group) == most}
+        chosen = max(whole, key=lambda rate: float(np.mean([row["validation"] for row in by_rate[rate]])))
         best = by_rate[chosen]
         test = Score.of({row["seed"]: row["test"] for row in best}, (row["key"] for row in best))
         means = {rate: float(np.mean([row["test"] for row in group])) for rate, group in by_rate.items()}

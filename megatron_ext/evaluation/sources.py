@@ -7,17 +7,19 @@ positive.
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import UserError, one_line
-from megatron_ext.evaluation.tasks import Task
+from megatron_ext.evaluation.tasks import Task, find_task
 
 Row = dict[str, Any]
 SPLITS = ("train", "validation", "test")
 COLUMNS = {"sc": ("text", "label"), "tc": ("tokens", "tags"), "qa": ("question", "context", "answers"), "ir": ("query", "positive")}
+TAG = re.compile(r"O|[BIES]-.+")
 KINDS = (".jsonl", ".csv", ".parquet", ".conll")
 CUT_SHARE, LARGEST_CUT = 10, 2000
 """One training row in so many is taken for validation where a set has no validation split of its own, up to this many rows."""
@@ -35,7 +37,7 @@ class Examples:
     """Of sc and tc: by id."""
 
 
-def load(task: Task, data: Path | None, packages: Path) -> Examples:
+def load(task: Task, data: Path | None, packages: Path, source_data: Path | None = None) -> Examples:
     """Read a task's examples.
 
     Args:
@@ -43,51 +45,91 @@ def load(task: Task, data: Path | None, packages: Path) -> Examples:
         data: a file with a column `split`, or a folder with train, validation and test files (.jsonl, .csv, .parquet or .conll);
             None takes the packaged set, or the hub.
         packages: where `tools/fetch_demo_data.py` puts the packaged sets.
+        source_data: of a transfer, the same for the task that it is trained on.
 
     Raises:
         UserError: something is missing or not what the task's family needs.
     """
+    splits = _splits(task, data, packages)
+    if task.trained_on is not None:
+        source = _splits(find_task(task.trained_on), source_data, packages)
+        splits = {**source, "test": splits["test"], "validation": splits["validation"] or source["validation"]}
+    if not splits["validation"]:
+        splits = _cut(splits)
+    for split in SPLITS:
+        if not splits[split]:
+            raise UserError(f"task {task.name}: {_name(task, data)} has no rows for {split}")
+    labels = _labels(task, splits["train"])
+    if task.family == "sc":
+        _check_labels(task, splits, labels)
+    return Examples(**splits, labels=labels)
+
+
+def _name(task: Task, data: Path | None) -> str:
+    return str(data) if data is not None else task.hub.path if task.hub else "the packaged set"
+
+
+def _splits(task: Task, data: Path | None, packages: Path) -> dict[str, list[Row]]:
+    """Its rows, checked; a split that is not there is empty."""
     if data is None and task.hub is None:
         data = packages / f"{task.name}.jsonl"
         if not data.is_file():
             raise UserError(f"task {task.name}: there is no {data}; run tools/fetch_demo_data.py --corpus {task.name}")
-    splits = _from_hub(task) if data is None else _from_folder(data) if data.is_dir() else _from_file(data)
-    source = str(data) if data is not None else task.hub.path if task.hub else ""
-    for split in SPLITS:
-        _check(task, split, splits[split], source)
-    return Examples(**splits, labels=_labels(task, splits))
+    found = _from_hub(task) if data is None else _from_folder(data) if data.is_dir() else _from_file(data)
+    for split, rows in found.items():
+        for number, row in enumerate(rows, 1):
+            if problem := problem_of(task.family, row):
+                raise UserError(f"task {task.name}: row {number} of {_name(task, data)}, {split}: {problem}")
+    return {split: found.get(split, []) for split in SPLITS}
 
 
-def _check(task: Task, split: str, rows: list[Row], source: str) -> None:
-    if not rows:
-        raise UserError(f"task {task.name}: {source} has no rows for {split}")
-    missing = [name for name in COLUMNS[task.family] if name not in rows[0]]
-    if missing:
-        raise UserError(
-            f"task {task.name}: {source} lacks {', '.join(missing)} in its {split} rows; they have {', '.join(rows[0])}"
-        )
+def problem_of(family: str, row: Any) -> str | None:
+    """What a row lacks to be one of its family; None if nothing."""
+    if not isinstance(row, dict):
+        return "it is no object with columns"
+    if missing := [name for name in COLUMNS[family] if name not in row]:
+        return f"it lacks {', '.join(missing)}; it has {', '.join(map(str, row))}"
+    if family == "tc":
+        tokens, tags = row["tokens"], row["tags"]
+        if not isinstance(tokens, list) or not isinstance(tags, list) or len(tokens) != len(tags):
+            return "tokens and tags must be lists of one length (JSONL, Parquet or CoNLL)"
+        if wrong := [tag for tag in tags if not (isinstance(tag, str) and TAG.fullmatch(tag))]:
+            return f"the tag {wrong[0]!r} is neither O nor like B-person or I-person"
+    if family == "qa":
+        answers = row["answers"]
+        if not isinstance(answers, dict) or not {"text", "answer_start"} <= answers.keys():
+            return "answers must have text and answer_start (JSONL or Parquet)"
+        if any(not isinstance(answers[name], list) for name in ("text", "answer_start")):
+            return "text and answer_start of answers must be lists"
+    return None
 
 
-def _labels(task: Task, splits: dict[str, list[Row]]) -> tuple[str, ...]:
+def _labels(task: Task, train: list[Row]) -> tuple[str, ...]:
     if task.family == "sc":
-        return tuple(sorted({str(row["label"]) for row in splits["train"]}))
+        return tuple(sorted({str(row["label"]) for row in train}))
     if task.family == "tc":
-        return tuple(sorted({str(tag) for row in splits["train"] for tag in row["tags"]}))
+        return tuple(sorted({tag for row in train for tag in row["tags"]}))
     return ()
+
+
+def _check_labels(task: Task, splits: dict[str, list[Row]], labels: tuple[str, ...]) -> None:
+    for split in ("validation", "test"):
+        for row in splits[split]:
+            if str(row["label"]) not in labels:
+                raise UserError(f"task {task.name}: {split} has the label {row['label']!r}, and no training row has it")
 
 
 def _from_folder(folder: Path) -> dict[str, list[Row]]:
     found = {path.stem: path for kind in KINDS for path in sorted(folder.glob(f"*{kind}")) if path.stem in SPLITS}
-    if missing := [split for split in ("train", "test") if split not in found]:
-        raise UserError(f"--data {folder}: there is no {' and no '.join(missing)} file ({', '.join(KINDS)})")
-    splits = {split: list(read_rows(path)) for split, path in found.items()}
-    return splits if "validation" in splits else _cut(splits)
+    if not found:
+        raise UserError(f"--data {folder}: there is no train, validation or test file ({', '.join(KINDS)})")
+    return {split: list(read_rows(path)) for split, path in found.items()}
 
 
 def _from_file(file: Path) -> dict[str, list[Row]]:
     splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
     for row in read_rows(file):
-        split = row.get("split")
+        split = row.get("split") if isinstance(row, dict) else None
         if split not in splits:
             raise UserError(f"--data {file}: a row has the split {split!r}: allowed are {', '.join(SPLITS)}")
         splits[split].append(row)
@@ -140,20 +182,19 @@ def _from_hub(task: Task) -> dict[str, list[Row]]:
 
     hub = task.hub
     assert hub is not None
+    names = {"train": hub.train, "validation": hub.validation, "test": hub.test}
     try:
         loaded = datasets.load_dataset(hub.path, hub.name)
-    except Exception as error:  # no network, no such name, a format that is no longer read
+        return {split: _renamed(loaded[name], hub.columns) for split, name in names.items() if name in loaded}
+    except Exception as error:  # no network, no such name, a format that is no longer read, other columns
         raise UserError(
             f"task {task.name}: datasets cannot load {hub.path}: {one_line(error)[:200]}; give a copy of it with --data"
         ) from None
-    names = {"train": hub.train, "validation": hub.validation, "test": hub.test}
-    splits = {split: _renamed(loaded[name], hub.columns) for split, name in names.items() if name}
-    return splits if hub.validation else _cut(splits)
 
 
-def _renamed(rows: Any, columns: dict[str, str]) -> list[Row]:
+def _renamed(rows: Any, columns: tuple[tuple[str, str], ...]) -> list[Row]:
     """Rows under our names, with labels as words."""
-    wanted = columns or {name: name for name in rows.column_names}
+    wanted = dict(columns) or {name: name for name in rows.column_names}
     words = {}
     for here, there in wanted.items():
         kind = rows.features[there]
@@ -168,11 +209,10 @@ def _renamed(rows: Any, columns: dict[str, str]) -> list[Row]:
 
 
 def _cut(splits: dict[str, list[Row]]) -> dict[str, list[Row]]:
-    """Take the validation rows from the training rows, chosen by what they say and not by their place."""
-    train: list[Row] = []
-    validation: list[Row] = []
-    for row in splits["train"]:
-        key = hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).digest()
-        is_cut = int.from_bytes(key[:8], "big") % CUT_SHARE == 0 and len(validation) < LARGEST_CUT
-        (validation if is_cut else train).append(row)
+    """Take the validation rows from the training rows: those with the smallest hashes, whatever their place."""
+    keys = [hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).digest() for row in splits["train"]]
+    count = min(len(keys) // CUT_SHARE, LARGEST_CUT)
+    chosen = set(sorted(range(len(keys)), key=lambda place: keys[place])[:count])
+    rows = list(enumerate(splits["train"]))
+    train, validation = ([row for place, row in rows if (place in chosen) == is_cut] for is_cut in (False, True))
     return {**splits, "train": train, "validation": validation}

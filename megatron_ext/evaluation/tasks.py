@@ -1,6 +1,6 @@
 """The tasks: the paper's twelve data sets (arXiv 2507.00994), and sets out of Python packages for studies on any machine."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from megatron_ext.errors import UserError
@@ -25,8 +25,8 @@ class HubSource:
     validation: str | None = None
     """None: cut from the training split, since the validation split is what is tested on."""
     test: str = "validation"
-    columns: dict[str, str] = field(default_factory=dict)
-    """Name here -> name there."""
+    columns: tuple[tuple[str, str], ...] = ()
+    """(name here, name there); none leaves all as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Task:
     hub: HubSource | None = None
     """None: the set is that of `tools/fetch_demo_data.py`."""
     trained_on: str | None = None
-    """A transfer: fine-tuned on this task's training split."""
+    """A transfer: fine-tuned on this task's training split, and on none of its own."""
     max_length: int = 512
     """Tokens of an example; longer ones are cut, in question answering into overlapping windows."""
 
@@ -49,18 +49,18 @@ class Task:
 
 
 def _glue(name: str, first: str, second: str | None = None, validation: str = "validation") -> Task:
-    pair = {"text_pair": second} if second else {}
-    hub = HubSource(path="nyu-mll/glue", name=name, test=validation, columns={"text": first, **pair, "label": "label"})
+    pair = (("text_pair", second),) if second else ()
+    hub = HubSource(path="nyu-mll/glue", name=name, test=validation, columns=(("text", first), *pair, ("label", "label")))
     return Task(name=name, family="sc", hub=hub)
 
 
 def _tagged(name: str, path: str, config: str | None, tags: str) -> Task:
-    hub = HubSource(path=path, name=config, validation="validation", test="test", columns={"tokens": "tokens", "tags": tags})
+    hub = HubSource(path=path, name=config, validation="validation", test="test", columns=(("tokens", "tokens"), ("tags", tags)))
     return Task(name=name, family="tc", hub=hub)
 
 
 def _questions(name: str, path: str, config: str | None = None) -> Task:
-    columns = {column: column for column in ("id", "question", "context", "answers")}
+    columns = tuple((column, column) for column in ("question", "context", "answers"))
     return Task(name=name, family="qa", hub=HubSource(path=path, name=config, columns=columns))
 
 
@@ -77,7 +77,7 @@ PAPER = (
     Task(
         name="msmarco",
         family="ir",
-        hub=HubSource(path="sentence-transformers/msmarco-corpus", columns={"query": "query", "positive": "positive"}),
+        hub=HubSource(path="sentence-transformers/msmarco-corpus", columns=(("query", "query"), ("positive", "positive"))),
     ),
     Task(name="nq", family="ir", hub=HubSource(path="BeIR/nq"), trained_on="msmarco"),
     Task(name="mldr_en", family="ir", hub=HubSource(path="Shitao/MLDR", name="en"), trained_on="msmarco"),

@@ -89,7 +89,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=rows.device)
         grad_rows = torch.empty_like(rows) if needs_grad else None
         grad_weight = _start_of_gradient(weight, valid_rows, rows.shape[0] == 0) if needs_grad else None
-        step = max(1, LOGITS_PER_CHUNK["gpu" if rows.is_cuda else "cpu"] // max(1, valid_rows))
+        # Of the padded part, which is equally wide on all ranks: they must reduce the same chunks.
+        step = max(1, LOGITS_PER_CHUNK["gpu" if rows.is_cuda else "cpu"] // weight.shape[0])
         for start in range(0, rows.shape[0], step):
             chunk = rows[start : start + step]
             local_ids = target_ids[start : start + step] - first_id

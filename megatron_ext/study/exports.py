@@ -15,13 +15,15 @@ def export(run: SegmentRun, output_dir: Path) -> list[Path]:
     """Export what is evaluated of a finished segment, unless it was before: `<output_dir>/models/<name>`.
 
     Raises:
-        UserError: the export or its verification failed.
+        UserError: the export or its verification failed, or a checkpoint that is evaluated is not there.
     """
     made = []
     for name, checkpoint in run.exports():
         folder = output_dir / "models" / name
         if folder.exists():
             continue
+        if not checkpoint.is_dir():
+            raise UserError(f"{checkpoint} is not there: the step was put into evaluation_steps after the segment had passed it")
         folder.parent.mkdir(parents=True, exist_ok=True)
         # It must not hold a half: the tool writes aside and renames.
         command = [sys.executable, str(TOOL), "export", str(checkpoint), str(folder), "--family", FAMILY]

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_ext.study.models import Model, Part, models_of, step_cost
-from megatron_ext.study.segment_run import at_step_name
+from megatron_ext.study.segment_run import at_step_name, evaluated_steps
 from megatron_ext.study.segments import Segment, all_paths, build_tree
 from megatron_ext.study.study_file import Study
 
@@ -22,7 +22,7 @@ class Facts:
     ratio: float | None
     """Of the last masked stretch."""
     causal_share: float | None
-    """Of the steps before the decay, for plans of CLM and one MLM ratio; None for others and for continued ones."""
+    """Of the steps before the (first) decay, for plans of CLM and one MLM ratio; None for others."""
     steps: int
     added_steps: int
     """Of continued pretraining; 0 without it."""
@@ -32,8 +32,8 @@ class Facts:
 
     @property
     def objective(self) -> str:
-        """clm, mlm or both."""
-        return "clm" if self.plan == "clm" else "mlm" if "clm" not in self.plan else "both"
+        """clm, masked (mlm or mntp) or both."""
+        return "clm" if self.plan == "clm" else "masked" if "clm" not in self.plan else "both"
 
 
 def facts_of(study: Study) -> list[Facts]:
@@ -41,26 +41,20 @@ def facts_of(study: Study) -> list[Facts]:
     models = models_of(study)
     found = [_of_model(study, model) for model in models]
     for path in all_paths(build_tree(models)):
-        segment = path[-1]
-        if not segment.part.is_decay:
-            for step in sorted(study.evaluation_steps):
-                if segment.start_step < step <= segment.end_step:
-                    found.append(_on_the_way(study, path, step))
+        found += [_on_the_way(study, path, step) for step in evaluated_steps(study, path[-1])]
     return found
 
 
 def _of_model(study: Study, model: Model) -> Facts:
-    added = 0
-    for number, part in enumerate(model.parts):
-        if part.rewarms:
-            added = sum(later.steps for later in model.parts[number:])
+    start = next((number for number, part in enumerate(model.parts) if part.rewarms), len(model.parts))
+    before, added = model.parts[:start], sum(part.steps for part in model.parts[start:])
     return Facts(
         name=model.name,
         size=model.size,
         family=model.family,
         plan=_plan(model.parts),
         ratio=_ratio(model.parts),
-        causal_share=None if added else _causal_share(model.parts),
+        causal_share=_causal_share(before),
         steps=model.steps,
         added_steps=added,
         flops=_flops(study, model.size, model.parts),
@@ -78,7 +72,7 @@ def _on_the_way(study: Study, path: tuple[Segment, ...], step: int) -> Facts:
         family="on the way",
         plan=_plan(parts),
         ratio=_ratio(parts),
-        causal_share=None,
+        causal_share=_causal_share(parts),
         steps=step,
         added_steps=0,
         flops=_flops(study, path[0].size, parts),
@@ -105,7 +99,10 @@ def _ratio(parts: Iterable[Part]) -> float | None:
 
 
 def _causal_share(parts: Iterable[Part]) -> float | None:
+    parts = list(parts)
     stable = [part for part in parts if not part.is_decay]
+    if any(part.objective not in ("clm", "mlm") for part in parts) or len({_label(part) for part in parts} - {"clm"}) > 1:
+        return None
     total = sum(part.steps for part in stable)
     return sum(part.steps for part in stable if part.objective == "clm") / total if total else None
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = ("#1f5fa8", "#b0501e", "#2d7d46", "#7a3f98", "#8a6d1d", "#c2185b", "#00838f", "#5d4037")
-COLOR_OF = {"mlm": COLORS[0], "clm": COLORS[1], "both": COLORS[2]}
+COLOR_OF = {"masked": COLORS[0], "clm": COLORS[1], "both": COLORS[2]}
+CALLED = {"masked": "masked alone", "clm": "CLM alone", "both": "CLM and masked"}
 STYLES = ("-", "--", ":", "-.")
 WIDTH, HEIGHT, DPI = 4.2, 3.2, 120
 LEGEND_COLUMN = 5
@@ -180,7 +181,7 @@ def _series(evidence: Evidence, place: Place) -> dict[str, dict[str, list[Point]
 
 def _mask_ratio(evidence: Evidence) -> Any:
     def place(facts: Facts) -> tuple[str, float] | None:
-        if not facts.is_finished or facts.added_steps or facts.objective != "mlm" or facts.ratio is None or " " in facts.plan:
+        if not facts.is_finished or facts.added_steps or facts.objective != "masked" or facts.ratio is None or " " in facts.plan:
             return None
         return f"{facts.size}, {facts.steps:,} steps", facts.ratio
 
@@ -192,7 +193,8 @@ def _data_efficiency(evidence: Evidence) -> Any:
         return None
 
     def place(facts: Facts) -> tuple[str, float] | None:
-        return None if facts.added_steps else (f"{facts.size} {facts.plan}", facts.steps)
+        share = f", {facts.causal_share:.0%} CLM" if facts.objective == "both" and facts.causal_share is not None else ""
+        return None if facts.added_steps else (f"{facts.size} {facts.plan}{share}", facts.steps)
 
     return _lines(evidence, _series(evidence, place), "steps", logarithmic=True)
 
@@ -208,7 +210,7 @@ def _split(evidence: Evidence) -> Any:
 
         def place(facts: Facts) -> tuple[str, float] | None:
             fits = (facts.size, facts.steps) == (size, steps) and facts.ratio in (ratio, None)  # noqa: B023
-            if not fits or facts.causal_share is None or not facts.is_finished:
+            if not fits or facts.causal_share is None or not facts.is_finished or facts.added_steps:
                 return None
             return f"{size}, {steps:,} steps, MLM {ratio:g}", facts.causal_share  # noqa: B023
 
@@ -223,15 +225,16 @@ def _continued(evidence: Evidence) -> Any:
     def place(facts: Facts) -> tuple[str, float] | None:
         if not facts.is_finished or _start(facts) not in starts:
             return None
-        size, plan, steps = _start(facts)
-        return f"{size} {plan} of {steps:,} steps", facts.added_steps
+        size, plan, steps, share = _start(facts)
+        first = f", {share:.0%} CLM" if share and share < 1 else ""
+        return f"{size} {plan}{first} of {steps:,} steps", facts.added_steps
 
     return _lines(evidence, _series(evidence, place), "steps added")
 
 
-def _start(facts: Facts) -> tuple[str, str, int]:
-    """Size, plan and steps of the finished model that it goes on from; of one that does not, its own."""
-    return facts.size, facts.plan.split(" + ")[0], facts.steps - facts.added_steps
+def _start(facts: Facts) -> tuple[str, str, int, float | None]:
+    """Size, plan, steps and share of CLM of the finished model that it goes on from; of one that does not, its own."""
+    return facts.size, facts.plan.split(" + ")[0], facts.steps - facts.added_steps, facts.causal_share
 
 
 def _cost(evidence: Evidence) -> Any:
@@ -246,7 +249,7 @@ def _cost(evidence: Evidence) -> Any:
                 scores = [evidence.families[model, family] for model in own]
                 costs = [evidence.facts[model].flops for model in own]
                 means, widths = [100 * score.mean for score in scores], [_width(score) for score in scores]
-                name = "CLM and MLM" if objective == "both" else objective.upper()
+                name = CALLED[objective]
                 axis.errorbar(costs, means, yerr=widths, fmt="o", color=color, capsize=3, label=name)
         _logarithmic(axis)
         axis.set_xlabel("training FLOPs")
@@ -283,4 +286,4 @@ def _called(evidence: Evidence, model: str, number: int, models: int) -> tuple[s
     known = evidence.facts.get(model)
     if models < MANY or known is None:
         return model, COLORS[number % len(COLORS)]
-    return {"both": "CLM and MLM", "clm": "CLM", "mlm": "MLM"}[known.objective], COLOR_OF[known.objective]
+    return CALLED[known.objective], COLOR_OF[known.objective]

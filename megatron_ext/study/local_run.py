@@ -1,6 +1,5 @@
 """Runs a study's tree on this machine: so many segments at once, each a run of its own; what is done is not done again."""
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -21,14 +20,17 @@ from megatron_ext.study.status import newest_step
 ROOT = Path(__file__).parents[2]
 LOOK = 0.2
 """Seconds between two looks at what runs."""
-PATIENCE = 120.0
+PATIENCE = 600
 """Seconds that a segment has for saving when the study is stopped."""
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass
 class _Going:
     run: SegmentRun
     process: subprocess.Popen
+    slot: int
+    """Which of the jobs' places it has."""
 
 
 @dataclass
@@ -38,49 +40,74 @@ class LocalRun:
     runs: list[SegmentRun]
     jobs: int
     ranks: int
-    export: Callable[[SegmentRun], None]
+    export: Callable[[SegmentRun], Any]
     """Called when a segment is done, also when it was before."""
     going: list[_Going] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
-    """Name of a segment that failed, or whose parent did -> why."""
+    """Name of a segment that failed, or whose parent did, or whose export did -> why."""
+    stopped: int = 0
+    """The signal that came."""
 
     def execute(self) -> dict[str, str]:
-        """Train what is not trained yet. Returns the segments that were not, and why."""
+        """Train what is not trained yet. Returns the segments that were not, and why.
+
+        Raises:
+            UserError: there are fewer GPUs than processes, or a signal came.
+        """
+        devices = self._devices()
         waiting = [run for run in self.runs if not run.is_done]
         done = {run.name for run in self.runs} - {run.name for run in waiting}
         for run in self.runs:
             if run.name in done:
-                self.export(run)
+                self._export(run)
         with self._stopping(), self._bar() as bar:
-            while waiting or self.going:
-                waiting = self._start(waiting, done)
+            while (waiting or self.going) and not self.stopped:
+                waiting = self._start(waiting, done, devices)
                 time.sleep(LOOK)
                 for going in [each for each in self.going if each.process.poll() is not None]:
                     self.going.remove(going)
                     self._end(going, done)
                 bar.n = sum(_steps(run, run.name in done) for run in self.runs)
                 bar.set_postfix_str(", ".join(each.run.name for each in self.going)[-60:], refresh=True)
+        if self.stopped:
+            raise UserError(f"stopped by {signal.Signals(self.stopped).name}: the same command goes on from here")
         return self.failed
 
-    def _start(self, waiting: list[SegmentRun], done: set[str]) -> list[SegmentRun]:
+    def _devices(self) -> list[str]:
+        """The GPUs that the jobs share out; none on a machine without."""
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        found = given.split(",") if given else []
+        if given is None:
+            found = [path.name.removeprefix("nvidia") for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+        if found and self.jobs * self.ranks > len(found):
+            raise UserError(
+                f"--jobs {self.jobs} x --ranks {self.ranks} are {self.jobs * self.ranks} processes for {len(found)} GPUs"
+            )
+        return found
+
+    def _start(self, waiting: list[SegmentRun], done: set[str], devices: list[str]) -> list[SegmentRun]:
         """Start what may start; what is left, less what never will."""
         left = []
         for run in waiting:
             parent = run.parent_name
-            if parent in self.failed:
+            if parent is not None and parent in self.failed and parent not in done:
                 self.failed[run.name] = f"its parent {parent} was not trained"
             elif len(self.going) < self.jobs and (parent is None or parent in done):
                 run.write_config()
-                self.going.append(_Going(run, self._launch(run)))
+                slot = min(set(range(self.jobs)) - {each.slot for each in self.going})
+                self.going.append(_Going(run, self._launch(run, slot, devices), slot))
             else:
                 left.append(run)
         return left
 
-    def _launch(self, run: SegmentRun) -> subprocess.Popen:
-        ranks = [*("-m", "torch.distributed.run", "--standalone", "--nproc-per-node"), str(self.ranks)] if self.ranks > 1 else []
+    def _launch(self, run: SegmentRun, slot: int, devices: list[str]) -> subprocess.Popen:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--shutdown-timeout", str(PATIENCE), "--nproc-per-node"]
+        ranks = [*torchrun, str(self.ranks)] if self.ranks > 1 else []
         command = [sys.executable, *ranks, str(ROOT / "pretrain_encoder.py"), "--config", str(run.config_file)]
         threads = max(1, len(os.sched_getaffinity(0)) // (self.jobs * self.ranks))
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        if devices:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices[slot * self.ranks : (slot + 1) * self.ranks])
         with open(run.log_file, "a") as log:
             return subprocess.Popen(
                 command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
@@ -90,26 +117,34 @@ class LocalRun:
         run, code = going.run, going.process.returncode
         if code == 0 and run.is_done:
             done.add(run.name)
-            self.export(run)
+            self._export(run)
             return
         why = f"ended with code {code}: {last_line(run.log_file)}"
         self.failed[run.name] = why
         warn(f"segment {run.name} {why} ({run.log_file})")
 
+    def _export(self, run: SegmentRun) -> None:
+        """A failure is told at the end; what begins at this segment is trained all the same."""
+        try:
+            self.export(run)
+        except UserError as error:
+            self.failed[run.name] = str(error)
+            warn(f"segment {run.name}: {error}")
+
     @contextmanager
     def _stopping(self) -> Iterator[None]:
-        """A signal to the study is one to its segments, which save and end."""
+        """A signal to the study is one to its segments, which save and end. It is noted, so that it finds no half-started one."""
 
-        def stop(number: int, frame: Any) -> None:
-            raise UserError(f"stopped by {signal.Signals(number).name}: the same command goes on from here")
+        def note(number: int, frame: Any) -> None:
+            self.stopped = number
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, note) for number in STOPS}
         try:
             yield
         finally:
+            self._stop_all()
             for number, handler in before.items():
                 signal.signal(number, handler)
-            self._stop_all()
 
     def _stop_all(self) -> None:
         for each in self.going:
@@ -135,24 +170,8 @@ def last_line(log: Path) -> str:
     return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "it said nothing")
 
 
-@contextmanager
-def only_one(output_dir: Path) -> Iterator[None]:
-    """Context in which no other process runs this study.
-
-    Raises:
-        UserError: one does.
-    """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with open(output_dir / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"--output-dir {output_dir}: another process runs this study") from None
-        yield
-
-
 def report_failures(failed: dict[str, str]) -> int:
-    """Say what was not trained; the exit code."""
+    """Say what was not trained or not exported; the exit code."""
     for name, why in failed.items():
-        say(f"not trained: {name}: {why}")
+        say(f"not finished: {name}: {why}")
     return 1 if failed else 0

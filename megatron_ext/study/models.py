@@ -78,7 +78,20 @@ def models_of(study: Study) -> list[Model]:
                 raise UserError(f"family {family.name} has the size '{size}': allowed are {', '.join(PRESETS)}")
             for model in _of_family(study, family, size):
                 found.setdefault((model.size, model.parts), model)
+    _check_names(list(found.values()))
     return list(found.values())
+
+
+def _check_names(models: list[Model]) -> None:
+    """Names are of folders and of rows: two models of one name would be taken for each other."""
+    by_name: dict[str, Model] = {}
+    for model in models:
+        other = by_name.setdefault(model.name, model)
+        if other is not model:
+            raise UserError(
+                f"families {other.family} and {model.family} have two models called {model.name}: their shares or budgets differ "
+                "by too little, or their units differ"
+            )
 
 
 def _of_family(study: Study, family: Family, size: str) -> list[Model]:

@@ -7,11 +7,13 @@ from typing import Any
 
 from megatron_ext.errors import UserError, one_line
 from megatron_ext.evaluation.comparison import Comparison, compare
-from megatron_ext.evaluation.selection import Score, TaskScore, family_scores, select
+from megatron_ext.evaluation.selection import Score, TaskScore, family_scores, ranking, select
 from megatron_ext.evaluation.tasks import FAMILIES, METRICS
 from megatron_ext.study.facts import Facts
 from megatron_ext.study.figures import DPI, Evidence, draw_all
 from megatron_ext.study.report_page import Picture, Report, Table
+
+NEEDED = ("key", "model", "family", "task", "learning_rate", "seed", "validation", "test")
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -29,6 +31,8 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
         raise UserError(f"{file} cannot be read: {one_line(error)}") from None
     if not rows:
         raise UserError(f"{file} has no rows: run the grid first")
+    if missing := [name for name in NEEDED if name not in rows[0]]:
+        raise UserError(f"{file} lacks the columns {', '.join(missing)}: it is no table of a grid")
     return rows
 
 
@@ -36,7 +40,14 @@ def items_of(folder: Path) -> Callable[[str], Any]:
     """Key of a run -> the scores of its test items."""
     import numpy as np
 
-    return lambda key: np.load(folder / "items" / f"{key}.npy", allow_pickle=False)
+    def read(key: str) -> Any:
+        file = folder / "items" / f"{key}.npy"
+        try:
+            return np.load(file, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be read: {one_line(error)}") from None
+
+    return read
 
 
 def make_report(title: str, rows: Sequence[dict[str, Any]], facts: Sequence[Facts], items: Callable[[str], Any] | None) -> Report:
@@ -74,7 +85,12 @@ def _notes(rows: Sequence[dict[str, Any]], tasks: Sequence[TaskScore]) -> list[s
     names = sorted({score.task for score in tasks})
     rates = sorted({row["learning_rate"] for row in rows})
     hours = sum(row.get("seconds", 0.0) for row in rows) / 3600
+    whole = len(models) * len(names) * len(rates) * len(seeds)
+    missing = (
+        [f"{whole - len(rows):,} runs of the grid are missing: they failed, or were not made yet."] if len(rows) < whole else []
+    )
     return [
+        *missing,
         f"{len(rows):,} fine-tuning runs: {len(models)} models, {len(names)} tasks ({', '.join(names)}), {len(rates)} "
         f"learning rates, {len(seeds)} seeds; {hours:.1f} hours of workers.",
         "The learning rate is chosen on validation, for each model and task. Scores are of the test split: means over seeds, "
@@ -90,15 +106,13 @@ def _overview(families: dict[tuple[str, str], Score], facts: dict[str, Facts]) -
     shown = [family for family in FAMILIES if any(other == family for _, other in families)]
     models = list(dict.fromkeys(model for model, _ in families))
     rows, best = [], set()
+    tops = {family: ranking(families, family)[0] for family in shown}
     for number, model in enumerate(models):
         known = facts.get(model)
         about = [f"{known.plan}", f"{known.steps:,}", f"{known.flops:.2e}"] if known else ["", "", ""]
         cells = [_number(families[model, family]) if (model, family) in families else "" for family in shown]
         rows.append([model, *about, *cells])
-        for column, family in enumerate(shown):
-            top = max(score.mean for (_, other), score in families.items() if other == family)
-            if (model, family) in families and families[model, family].mean == top:
-                best.add((number, 4 + column))
+        best |= {(number, 4 + column) for column, family in enumerate(shown) if tops[family] == model}
     head = ["model", "plan", "steps", "FLOPs", *(f"{family.upper()}, {METRICS[family]}, %" for family in shown)]
     return Table("models", "Models", head, rows, "The best of each column is bold.", best=frozenset(best))
 

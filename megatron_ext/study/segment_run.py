@@ -88,7 +88,7 @@ class SegmentRun:
         Raises:
             UserError: naming the first field that would change the weights.
         """
-        if not self.config_file.exists():
+        if not self.config_file.exists() or not complete_checkpoints(self.folder / "checkpoints"):
             return
         before = flatten(from_dict(read_file(str(self.config_file), str(self.config_file)).values).as_dict())
         now = flatten(self.config.as_dict())
@@ -120,7 +120,7 @@ def segment_runs(study: Study, paths: list[tuple[Segment, ...]], output_dir: Pat
         raise UserError(f"study {study.name} has no section run: add it, with the data at least, to train anything")
     folder = output_dir / "segments"
     runs = [
-        SegmentRun(path, folder / segment_name(path), _config(study, study.run, path, folder), _evaluated(study, path[-1]))
+        SegmentRun(path, folder / segment_name(path), _config(study, study.run, path, folder), evaluated_steps(study, path[-1]))
         for path in paths
     ]
     for run in runs:
@@ -128,7 +128,7 @@ def segment_runs(study: Study, paths: list[tuple[Segment, ...]], output_dir: Pat
     return runs
 
 
-def _evaluated(study: Study, segment: Segment) -> tuple[int, ...]:
+def evaluated_steps(study: Study, segment: Segment) -> tuple[int, ...]:
     """Steps on the way, not in a decay, which only its end is worth."""
     if segment.part.is_decay:
         return ()
@@ -149,7 +149,7 @@ def _config(study: Study, sections: Sections, path: tuple[Segment, ...], folder:
     tree["validation"]["mask_ratio"] = sections.validation.mask_ratio or COMPARISON_MASK_RATIO
     # The end is saved for ever: others begin there. It is no phase edge where the trunk goes on.
     tree["checkpoint"]["branch_points"] = sorted(
-        {*sections.checkpoint.branch_points, *_evaluated(study, segment), segment.end_step}
+        {*sections.checkpoint.branch_points, *evaluated_steps(study, segment), segment.end_step}
     )
     if parent:
         tree["resume"] = str(folder / segment_name(parent) / "checkpoints" / checkpoint_name(segment.start_step))

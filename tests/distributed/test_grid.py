@@ -1,5 +1,6 @@
 """Grids of fine-tuning runs on real processes: nothing is done twice, a killed worker costs one run, a killed grid goes on."""
 
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,8 @@ import yaml
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.grid_file import grid_runs, read_grid
 from megatron_ext.evaluation.pool import run_all
-from tests.unit.test_evaluation import model, write_reviews  # noqa: F401 - a fixture
+from megatron_ext.locked_folder import only_one
+from tests.unit.test_evaluation import model, rows_of, write_reviews, write_rows  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parents[2]
 
@@ -98,10 +100,37 @@ def _check_mlflow(output_dir: Path) -> None:
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{output_dir}/mlflow.db")
-    parent = (output_dir / "mlflow_run_id").read_text()
+    parent = json.loads((output_dir / "mlflow_run.json").read_text())["run_id"]
     runs = client.search_runs([client.get_run(parent).info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
     found = {run.data.params["key"]: run.data.metrics["test"] for run in runs}
     assert found == dict(zip(table(output_dir)["key"], table(output_dir)["test"], strict=True))
+
+
+def test_one_process_at_a_time_runs_a_grid(grid: Path, tmp_path: Path) -> None:
+    with only_one(tmp_path / "out", "grid"):
+        done = subprocess.run(command(grid, tmp_path / "out"), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and "another process runs this grid" in done.stderr
+
+
+def test_a_grid_does_without_mlflow(grid: Path, tmp_path: Path) -> None:
+    """A server that is not there costs a warning."""
+    tree = yaml.safe_load(grid.read_text())
+    grid.write_text(yaml.safe_dump({**tree, "seeds": [0], "learning_rates": [1e-2], "max_steps": 1}))
+    done = subprocess.run(
+        command(grid, tmp_path / "out", "--mlflow-uri", "sqlite:////nowhere/at/all/mlflow.db"),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0 and "the grid goes on without it" in done.stderr
+    assert len(table(tmp_path / "out")) == 2
+
+
+def test_data_that_change_are_other_runs(grid: Path, tmp_path: Path) -> None:
+    before = {run.key for run in grid_runs(read_grid(str(grid)))}
+    data = tmp_path / "reviews.jsonl"
+    data.write_text(data.read_text() + data.read_text().splitlines()[0] + "\n")
+    assert not before & {run.key for run in grid_runs(read_grid(str(grid)))}
 
 
 def test_keys_are_those_of_what_a_run_depends_on(grid: Path, tmp_path: Path) -> None:
@@ -112,6 +141,21 @@ def test_keys_are_those_of_what_a_run_depends_on(grid: Path, tmp_path: Path) -> 
     assert set(keys) < {run.key for run in grid_runs(read_grid(str(tmp_path / "more.yaml")))}
     (tmp_path / "longer.yaml").write_text(yaml.safe_dump({**tree, "max_steps": 5}))
     assert not set(keys) & {run.key for run in grid_runs(read_grid(str(tmp_path / "longer.yaml")))}
+
+
+def test_four_tasks_from_grid_to_report(model: Path, tmp_path: Path) -> None:  # noqa: F811
+    """The tools in a row, on every family of tasks."""
+    tasks = {"boolq": "sc", "entity_tweets": "tc", "disfl_qa": "qa", "boolq_retrieval": "ir"}
+    data = {task: write_rows(tmp_path, task, rows_of(family)) for task, family in tasks.items()}
+    settings = {"learning_rates": [3e-3, 1e-3], "seeds": [0, 1], "batch_size": 8}
+    tree = {"models": {"one": str(model), "two": str(model)}, "tasks": list(tasks), "data": data, **settings}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(tree))
+    subprocess.run(command(tmp_path / "grid.yaml", tmp_path / "out", "--mlflow-uri", "none"), check=True, timeout=300)
+    report = [sys.executable, str(ROOT / "tools/report_study.py"), str(tmp_path / "out"), "--output-dir", str(tmp_path / "report")]
+    subprocess.run(report, check=True, timeout=100)
+    tests = pandas.read_csv(tmp_path / "report/tests.csv")
+    assert set(tests["task"]) == set(tasks) and len(pandas.read_csv(tmp_path / "report/runs.csv")) == 32
+    assert (tmp_path / "report/report.html").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_a_failure_stops_its_subtree_alone(corpus: Corpus, tmp_path: Path) -> No
     in_the_way.parent.mkdir(parents=True)
     in_the_way.write_text("")
     output = call("run", study, output_dir, "--jobs", "2", code=1)
-    assert "not trained: nano.mlm0.4-2.mlm0.4-4: ended with code" in output
+    assert "not finished: nano.mlm0.4-2.mlm0.4-4: ended with code" in output
     assert "nano.mlm0.4-2.mlm0.4-4.mlm0.4-decay-6: its parent nano.mlm0.4-2.mlm0.4-4 was not trained" in output
     assert [folder.name for folder in (output_dir / "models").iterdir()] == ["nano-mlm0.4-4"]
     assert "2 of 4 segments, 6 of 8 steps" in call("status", study, output_dir)
@@ -150,9 +150,16 @@ def test_a_failure_stops_its_subtree_alone(corpus: Corpus, tmp_path: Path) -> No
 
 
 def test_a_study_that_is_stopped_goes_on(corpus: Corpus, tmp_path: Path) -> None:
-    family = {"name": "long", "sizes": ["nano"], "budgets": [400], "plans": [{"stretches": [MLM]}]}
+    """A branch that was half trained when the study was stopped ends with the weights of its model trained alone."""
+    family = {
+        "name": "long",
+        "sizes": ["nano"],
+        "budgets": [200],
+        "plans": [{"stretches": [{"objective": "clm", "share": 0.1}, MLM]}],
+    }
     study, output_dir = write_study(corpus, tmp_path, [family]), tmp_path / "out"
-    metrics = output_dir / "segments/nano.mlm0.4-398/metrics.jsonl"
+    segment = "nano.clm-20.mlm0.4-198"
+    metrics = output_dir / f"segments/{segment}/metrics.jsonl"
     process = subprocess.Popen(study_command("run", study, output_dir), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
@@ -162,21 +169,37 @@ def test_a_study_that_is_stopped_goes_on(corpus: Corpus, tmp_path: Path) -> None
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 2 and "stopped by SIGTERM: the same command goes on from here" in errors
     saved = [path.name for path in (metrics.parent / "checkpoints").glob("step_*")]
-    assert len(saved) == 1 and 0 < int(saved[0].removeprefix("step_")) < 398
+    assert len(saved) == 1 and 20 < int(saved[0].removeprefix("step_")) < 198
     assert "[~]" in call("status", study, output_dir)
+    call("run", study, output_dir)
+    run_on_ranks(run_training, 1, [alone(study, tmp_path / "alone", [{**CLM, "steps": 20}, {**MLM, "steps": 180}])])
+    branch, step = last_checkpoint(output_dir, f"{segment}.mlm0.4-decay-200")
+    assert branch.shard_sums(step) == Run(tmp_path / "alone", []).shard_sums(step)
+
+
+def test_an_export_that_fails_stops_nothing_else(trained: tuple[Path, Path], corpus: Corpus) -> None:
+    """A step that is evaluated after all: its checkpoint was not kept."""
+    study, output_dir = trained
+    later = write_study(corpus, study.parent, FAMILIES, evaluation_steps=[1, 2])
+    output = call("run", later, output_dir, code=1)
+    assert output.count("was put into evaluation_steps after the segment had passed it") == 4  # two warnings, told twice
+    assert (output_dir / "models/nano.mlm0.4-2.at-2").is_dir()
+    write_study(corpus, study.parent, FAMILIES)
 
 
 def test_slurm_gets_a_job_for_each_segment(corpus: Corpus, tmp_path: Path) -> None:
     """A stand-in for sbatch notes what it is asked for; no Slurm ran these jobs."""
     study, output_dir = write_study(corpus, tmp_path, FAMILIES), tmp_path / "out"
-    tool, calls = tmp_path / "bin/sbatch", tmp_path / "calls"
-    tool.parent.mkdir()
-    tool.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nwc -l < {calls}\n')
-    tool.chmod(0o755)
-    path = f"{tool.parent}:{os.environ['PATH']}"
+    tools, calls = tmp_path / "bin", tmp_path / "calls"
+    tools.mkdir()
+    (tools / "sbatch").write_text(f'#!/bin/sh\necho "$@" >> {calls}\nwc -l < {calls}\n')
+    (tools / "squeue").write_text("#!/bin/sh\nseq 1 10\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    path = f"{tools}:{os.environ['PATH']}"
     call("run", study, output_dir, "--slurm", "--sbatch-option=--nodes=2", PATH=path)
     *segments, export = calls.read_text().splitlines()
-    assert len(segments) == 9 and all("--nodes=2" in line for line in segments)
+    assert len(segments) == 9 and all("--nodes=2" in line for line in (*segments, export))
     jobs = {line.split("--job-name=")[1].split()[0]: number for number, line in enumerate(segments, 1)}
     for name, number in jobs.items():
         parents = [other for other in jobs if name.startswith(f"{other}.")]
@@ -188,3 +211,16 @@ def test_slurm_gets_a_job_for_each_segment(corpus: Corpus, tmp_path: Path) -> No
             assert config["resume"].startswith(f"{output_dir}/segments/{parent}/checkpoints/step_")
         assert f"--resume {config['resume']}" in line
     assert "--dependency=afterany:1:2:3:4:5:6:7:8:9" in export and "run_study.py export" in export
+    call("run", study, output_dir, "--slurm", "--sbatch-option=--nodes=2", PATH=path)
+    assert len(calls.read_text().splitlines()) == 11  # nothing that waits is submitted again, but for the export
+    (tools / "squeue").write_text("#!/bin/sh\nseq 1 8\n")
+    call("run", study, output_dir, "--slurm", PATH=path)
+    assert len(calls.read_text().splitlines()) == 13
+
+
+def test_options_of_the_other_way_are_refused(corpus: Corpus, tmp_path: Path) -> None:
+    study = write_study(corpus, tmp_path, FAMILIES)
+    assert "--sbatch-option needs --slurm" in call("run", study, tmp_path / "out", "--sbatch-option=--nodes=2", code=2)
+    assert "--jobs and --ranks are of this machine" in call("run", study, tmp_path / "out", "--slurm", "--jobs", "2", code=2)
+    message = "--jobs 2 x --ranks 1 are more processes than there are GPUs (1)"
+    assert message in call("run", study, tmp_path / "out", "--jobs", "2", code=2, CUDA_VISIBLE_DEVICES="0")

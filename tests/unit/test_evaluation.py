@@ -1,11 +1,14 @@
 """Heads, encodings and scores of fine-tuning: against transformers, scikit-learn's and SciPy's own words, and by hand."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import EuroBertConfig, EuroBertForMaskedLM, EuroBertForTokenClassification, PreTrainedTokenizerFast
 
@@ -16,7 +19,7 @@ from megatron_ext.evaluation.finetune import FinetuneRun, finetune
 from megatron_ext.evaluation.heads import SequenceClassifier, SpanFinder, TokenClassifier, mean_pool
 from megatron_ext.evaluation.retrieval import SCALE, Embedder
 from megatron_ext.evaluation.scores import find_answers, score_answers, score_labels, score_ranking, score_tags
-from megatron_ext.evaluation.sources import load, read_rows
+from megatron_ext.evaluation.sources import load, problem_of, read_rows
 from megatron_ext.evaluation.tasks import TASKS, Task, find_task
 from megatron_ext.evaluation.training import Settings
 from tests.unit.processes import refusal, run_tool
@@ -90,6 +93,19 @@ def test_bidirectional_is_eurobert_and_causal_sees_only_back(model: Path) -> Non
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+def test_weights_that_are_not_there_are_not_drawn(model: Path, tmp_path: Path) -> None:
+    """A folder whose weights have other names would be scored as if it had been trained."""
+    shutil.copytree(model, tmp_path / "other")
+    weights = load_file(model / "model.safetensors")
+    renamed = {name.replace("self_attn", "attention"): value for name, value in weights.items()}
+    save_file(renamed, tmp_path / "other/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="its files lack 8 weights, such as layers.0.self_attn"):
+        load_backbone(tmp_path / "other", "bidirectional")
+    (tmp_path / "other/model.safetensors").write_bytes(b"no weights at all")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_backbone(tmp_path / "other", "bidirectional")
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no config.json"):
         load_backbone(tmp_path, "bidirectional")
@@ -142,17 +158,20 @@ def test_retrieval_loss_is_infonce_over_the_batch(model: Path) -> None:
 # Encodings
 
 
+class Pieces:
+    """Stands for a tokenizer that cuts every word of more than three letters in two, and drops empty ones."""
+
+    def __call__(self, words: list[list[str]], **options: Any) -> Any:
+        places = [[n for n, word in enumerate(row) for _ in range((len(word) > 0) + (len(word) > 3))] for row in words]
+        result = {"input_ids": places, "attention_mask": [[1] * len(row) for row in places]}
+        return type("Encoded", (dict,), {"word_ids": lambda self, row: places[row]})(result)
+
+
 def test_the_label_of_a_word_is_at_its_first_token() -> None:
-    class Pieces:
-        """Stands for a tokenizer that cuts every word of more than three letters in two."""
-
-        def __call__(self, words: list[list[str]], **options: Any) -> Any:
-            places = [[n for n, word in enumerate(row) for _ in range(1 + (len(word) > 3))] for row in words]
-            result = {"input_ids": places, "attention_mask": [[1] * len(row) for row in places]}
-            return type("Encoded", (dict,), {"word_ids": lambda self, row: places[row]})(result)
-
-    (feature,) = encode_words(Pieces(), [{"tokens": ["Ann", "lives", "in", "Paris"], "tags": ["B", "O", "O", "B"]}], ("B", "O"), 64)
-    assert feature["labels"] == [0, 1, IGNORED, 1, 0, IGNORED]
+    row = {"tokens": ["Ann", "", "lives", "in", "Paris"], "tags": ["B-per", "O", "O", "O", "B-loc"]}
+    (feature,), (places,) = encode_words(Pieces(), [row], ("B-per", "O"), 64)
+    assert feature["labels"] == [0, 1, IGNORED, 1, IGNORED, IGNORED]  # no training row has B-loc
+    assert places == {0: 0, 2: 1, 3: 3, 4: 4}
 
 
 def test_pairs_have_something_between_them(model: Path) -> None:
@@ -160,6 +179,14 @@ def test_pairs_have_something_between_them(model: Path) -> None:
     (feature,) = encode_texts(tokenizer, [{"text": "the film", "text_pair": "was good", "label": "yes"}], ("no", "yes"), 64)
     assert tokenizer.convert_ids_to_tokens(feature["input_ids"]) == ["the", "film", "<eos>", "was", "good"]
     assert feature["labels"] == 1
+
+
+def test_what_stands_between_two_texts_is_never_cut_off(model: Path) -> None:
+    tokenizer = load_tokenizer(model)
+    row = {"text": "the film was good " * 20, "text_pair": "it was bad " * 20, "label": "no"}
+    (feature,) = encode_texts(tokenizer, [row], ("no", "yes"), 32)
+    tokens = tokenizer.convert_ids_to_tokens(feature["input_ids"])
+    assert len(tokens) == 32 and tokens[16] == "<eos>" and tokens[15] == "good" and tokens[17:20] == ["it", "was", "bad"]
 
 
 QUESTION = {
@@ -215,10 +242,15 @@ def test_entities_count_whole() -> None:
     """One of two entities is found and none is invented: precision 1, recall 0.5. A tag of no training row is missed."""
     labels = ("B-per", "I-per", "O")
     rows = [{"tokens": list("abcd"), "tags": ["B-per", "I-per", "O", "B-loc"]}]
-    features = [{"labels": [0, 1, 2, IGNORED]}]
-    logits = [np.eye(3)[[0, 1, 2, 2]]]
-    score = score_tags(logits, features, rows, labels)
+    score = score_tags([np.eye(3)[[0, 1, 2, 2]]], [{0: 0, 1: 1, 2: 2, 3: 3}], rows, labels)
     assert score.value == pytest.approx(2 / 3) and score.items.tolist() == [0.0]
+
+
+def test_words_without_a_token_shift_no_guess() -> None:
+    """The second word has none: it counts as outside, and those behind it keep their own."""
+    rows = [{"tokens": ["a", "", "c", "d"], "tags": ["O", "O", "B-per", "O"]}]
+    score = score_tags([np.eye(2)[[1, 0, 1]]], [{0: 0, 2: 1, 3: 2}], rows, ("B-per", "O"))
+    assert score.value == 1.0 and score.items.tolist() == [1.0]
 
 
 def test_accuracy() -> None:
@@ -253,22 +285,25 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
 
 
 def test_validation_is_cut_from_training_rows_by_what_they_say(tmp_path: Path) -> None:
-    lines = [f"film {number},{'yes' if number % 2 else 'no'}" for number in range(400)]
-    (tmp_path / "train.csv").write_text("text,label\n" + "\n".join(lines) + "\n")
-    (tmp_path / "test.csv").write_text("text,label\nfilm,yes\n")
-    first = load(find_task("sst2"), tmp_path, Path("nowhere"))
-    (tmp_path / "train.csv").write_text("text,label\n" + "\n".join(reversed(lines)) + "\n")
-    second = load(find_task("sst2"), tmp_path, Path("nowhere"))
-    assert 20 < len(first.validation) < 60 and len(first.train) + len(first.validation) == 400
-    key = lambda row: row["text"]  # noqa: E731
-    assert sorted(first.validation, key=key) == sorted(second.validation, key=key)
-    assert first.labels == ("no", "yes")
+    """Also where there are more than are taken."""
+    for count, taken in ((400, 40), (30_000, 2000)):
+        lines = [f"film {number},{'yes' if number % 2 else 'no'}" for number in range(count)]
+        (tmp_path / "train.csv").write_text("text,label\n" + "\n".join(lines) + "\n")
+        (tmp_path / "test.csv").write_text("text,label\nfilm,yes\n")
+        first = load(find_task("sst2"), tmp_path, Path("nowhere"))
+        (tmp_path / "train.csv").write_text("text,label\n" + "\n".join(reversed(lines)) + "\n")
+        second = load(find_task("sst2"), tmp_path, Path("nowhere"))
+        assert len(first.validation) == taken and len(first.train) == count - taken
+        assert {row["text"] for row in first.validation} == {row["text"] for row in second.validation}
+        assert first.labels == ("no", "yes")
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        ('{"text": "a", "split": "train"}\n', r"has no rows for validation|lacks label"),
+        ('{"text": "a", "split": "train"}\n', "row 1 of .*, train: it lacks label; it has text, split"),
+        ('["text"]\n', "a row has the split None"),
+        ('{"text": "a", "label": "b", "split": "train"}\n', "has no rows for validation"),
         ('{"text": "a", "label": "b", "split": "dev"}\n', "a row has the split 'dev': allowed are train, validation, test"),
         ("not json\n", "cannot be read"),
     ],
@@ -277,6 +312,42 @@ def test_bad_data_is_refused(tmp_path: Path, content: str, message: str) -> None
     (tmp_path / "data.jsonl").write_text(content)
     with pytest.raises(UserError, match=message):
         load(find_task("rotten_tomatoes"), tmp_path / "data.jsonl", Path("nowhere"))
+
+
+@pytest.mark.parametrize(
+    "family, row, message",
+    [
+        ("tc", {"tokens": "a b", "tags": "O O"}, "must be lists of one length"),
+        ("tc", {"tokens": ["a", "b"], "tags": ["O"]}, "must be lists of one length"),
+        ("tc", {"tokens": ["a"], "tags": [3]}, "the tag 3 is neither O nor like B-person"),
+        ("qa", {"question": "q", "context": "c", "answers": ["a"]}, "answers must have text and answer_start"),
+        ("qa", {"question": "q", "context": "c", "answers": {"text": "a", "answer_start": 3}}, "must be lists"),
+        ("ir", {"query": "q"}, "it lacks positive; it has query"),
+        ("sc", "a line", "it is no object with columns"),
+    ],
+)
+def test_rows_of_another_kind_are_refused(family: str, row: Any, message: str) -> None:
+    assert message in (problem_of(family, row) or "")
+
+
+def test_a_label_that_no_training_row_has_is_refused(tmp_path: Path) -> None:
+    rows = [("train", "yes"), ("validation", "yes"), ("test", "no")]
+    (tmp_path / "data.jsonl").write_text("".join(f'{{"text": "a", "label": "{b}", "split": "{a}"}}\n' for a, b in rows))
+    with pytest.raises(UserError, match="test has the label 'no', and no training row has it"):
+        load(find_task("boolq"), tmp_path / "data.jsonl", Path("nowhere"))
+
+
+def test_a_transfer_is_trained_on_the_other_task_alone(tmp_path: Path) -> None:
+    for name, splits in (("msmarco", ("train", "validation", "test")), ("nq", ("test",))):
+        (tmp_path / name).mkdir()
+        for split in splits:
+            (tmp_path / name / f"{split}.jsonl").write_text(f'{{"query": "{name} {split}", "positive": "p"}}\n')
+    found = load(find_task("nq"), tmp_path / "nq", Path("nowhere"), tmp_path / "msmarco")
+    assert [rows[0]["query"] for rows in (found.train, found.validation, found.test)] == [
+        "msmarco train",
+        "msmarco validation",
+        "nq test",
+    ]
 
 
 def test_the_paper_has_twelve_sets() -> None:
@@ -314,6 +385,44 @@ def test_a_run_learns_and_is_a_function_of_its_seed(model: Path, tmp_path: Path)
     assert (first.test, first.train_loss) == (again.test, again.train_loss) != (other.test, other.train_loss)
 
 
+def write_rows(folder: Path, name: str, rows: list[dict[str, Any]]) -> str:
+    """24 rows for training, 4 for validation and the test."""
+    file, splits = folder / f"{name}.jsonl", ["train"] * 24 + ["validation"] * 4 + ["test"] * 4
+    file.write_text("".join(json.dumps({**row, "split": split}) + "\n" for row, split in zip(rows, splits, strict=True)))
+    return str(file)
+
+
+def rows_of(family: str) -> list[dict[str, Any]]:
+    """32 of them."""
+    people, cities = ("ann", "bob"), ("paris", "rome")
+    found: list[dict[str, Any]] = []
+    for number in range(32):
+        who, where = people[number % 2], cities[number // 2 % 2]
+        text = f"{who} lives in {where}"
+        answers = {"text": [where], "answer_start": [text.index(where)]} if number % 8 else {"text": [], "answer_start": []}
+        found.append(
+            {
+                "sc": {"text": text, "text_pair": "who lives", "label": who},
+                "tc": {"tokens": text.split(), "tags": ["B-per", "O", "O", "B-loc"]},
+                "qa": {"question": f"where is {who}", "context": text, "answers": answers},
+                "ir": {"query": f"where is {who}", "positive": text},
+            }[family]
+        )
+    return found
+
+
+@pytest.mark.parametrize("task", ["sst2", "conll2003", "squad_v2", "nq"])
+def test_every_family_is_tuned_from_local_files(model: Path, tmp_path: Path, task: str) -> None:
+    """The paper's tasks, from somebody's own copy; a transfer from two."""
+    family = find_task(task).family
+    data = write_rows(tmp_path, task, rows_of(family))
+    settings = Settings(batch_size=4)
+    options: dict[str, Any] = {"learning_rate": 3e-3, "seed": 0, "data": data, "source_data": data if task == "nq" else None}
+    outcome = finetune(FinetuneRun(model=str(model), task=task, settings=settings, **options))
+    assert outcome.steps == 6 and len(outcome.test_items) == 4
+    assert 0 <= outcome.validation <= 1 and 0 <= outcome.test <= 1 and np.isfinite(outcome.train_loss)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -323,6 +432,7 @@ def test_a_run_learns_and_is_a_function_of_its_seed(model: Path, tmp_path: Path)
             ["--model", "MODEL", "--task", "boolq", "--learning-rate", "1", "--packages", "no"],
             "run tools/fetch_demo_data.py --corpus boolq",
         ),
+        (["--model", "MODEL", "--task", "boolq", "--learning-rate", "1", "--seed", "-1"], "--seed is -1: it must lie between"),
         (["--model", "MODEL", "--task", "glue", "--learning-rate", "1"], "invalid choice: 'glue'"),
     ],
 )

@@ -37,7 +37,7 @@ LENGTH = sum(DOCUMENTS)
 VOCABULARY = Vocabulary(1, np.arange(VOCAB_SIZE) < 5, np.ones(VOCAB_SIZE, dtype=bool))
 HEAD_ROWS = 37
 # Logits alive at once: all 37 rows in one chunk, exactly one row a chunk, five rows a chunk, less than a row.
-CHUNKS = {"one chunk": 2**25, "a row": VOCAB_SIZE, "five rows": 5 * VOCAB_SIZE + 3, "less than a row": 7}
+CHUNKS = {"one chunk": 2**25, "a row": 128, "five rows": 5 * 128 + 3, "less than a row": 7}
 
 
 def make_tokens(seed: int = 0, length: int = LENGTH) -> np.ndarray:

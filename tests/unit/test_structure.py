@@ -32,10 +32,12 @@ ALLOWED = {
     "train": CORE | {"unpickling", "objective", "runtime", "data", "model"},
     "hf": CORE | {"run_record", "unpickling", "objective", "data.tokenizer", "model.presets"},
     "plan": CORE | {"objective", "runtime", "data", "model", "train"},
-    "evaluation": {"secrets", "errors", "config_tree", "config_yaml"},
+    "locked_folder": {"secrets", "errors"},
+    "evaluation": {"secrets", "errors", "config_tree", "config_yaml", "locked_folder"},
     "doctor": CORE | {"run_record", "unpickling", "objective", "runtime", "data", "model", "train", "hf", "plan", "evaluation"},
     "study": CORE
-    | {"config_tree", "config_yaml", "unpickling", "objective", "runtime", "data", "model", "train", "hf", "plan", "evaluation"},
+    | {"config_tree", "config_yaml", "unpickling", "objective", "runtime", "data", "model", "train", "hf", "plan", "evaluation"}
+    | {"locked_folder"},
 }
 MAY_IMPORT_MEGATRON = {"runtime", "data", "model", "train", "plan", "doctor"}
 NEVER = "megatron.training"
