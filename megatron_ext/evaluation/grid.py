@@ -98,8 +98,8 @@ def mlflow_tracker(uri: str, name: str, folder: Path) -> Callable[[dict[str, Any
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param
 
-    client = MlflowClient(uri)
     try:
+        client = MlflowClient(uri)
         parent = _parent_run(client, uri, name, folder)
     except Exception as error:  # whatever a server, a file or a network can say
         warn(f"MLflow at {uri} cannot be used ({type(error).__name__}): the grid goes on without it")

@@ -17,13 +17,14 @@ def export(run: SegmentRun, output_dir: Path) -> list[Path]:
     Raises:
         UserError: the export or its verification failed, or a checkpoint that is evaluated is not there.
     """
-    made = []
+    made, missing = [], []
     for name, checkpoint in run.exports():
         folder = output_dir / "models" / name
         if folder.exists():
             continue
         if not checkpoint.is_dir():
-            raise UserError(f"{checkpoint} is not there: the step was put into evaluation_steps after the segment had passed it")
+            missing.append(str(checkpoint))
+            continue
         folder.parent.mkdir(parents=True, exist_ok=True)
         # It must not hold a half: the tool writes aside and renames.
         command = [sys.executable, str(TOOL), "export", str(checkpoint), str(folder), "--family", FAMILY]
@@ -32,4 +33,6 @@ def export(run: SegmentRun, output_dir: Path) -> list[Path]:
             raise UserError(f"the export of {name} ended with code {done.returncode}: {done.stderr.strip()[-500:]}")
         say(f"exported: {folder}")
         made.append(folder)
+    if missing:
+        raise UserError(f"not there: {', '.join(missing)}; put into evaluation_steps after the segment had passed it")
     return made

@@ -80,9 +80,7 @@ class LocalRun:
         if given is None:
             found = [path.name.removeprefix("nvidia") for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
         if found and self.jobs * self.ranks > len(found):
-            raise UserError(
-                f"--jobs {self.jobs} x --ranks {self.ranks} are {self.jobs * self.ranks} processes for {len(found)} GPUs"
-            )
+            raise UserError(f"--jobs {self.jobs} x --ranks {self.ranks} are more processes than there are GPUs ({len(found)})")
         return found
 
     def _start(self, waiting: list[SegmentRun], done: set[str], devices: list[str]) -> list[SegmentRun]:
