@@ -46,3 +46,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     tokenizer = folder / "tokenizer.model"
     preprocess([text], folder / "data", tokenizer, workers=1, progress=False)
     return Corpus(text, tokenizer, folder / "data")
+
+
+@pytest.fixture(scope="session")
+def small_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny EuroBERT, to be fine-tuned."""
+    from tests.small_encoder import make_encoder_folder
+
+    return make_encoder_folder(tmp_path_factory.mktemp("encoder"))

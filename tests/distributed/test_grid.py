@@ -17,7 +17,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.evaluation.grid_file import grid_runs, read_grid
 from megatron_ext.evaluation.pool import run_all
 from megatron_ext.locked_folder import only_one
-from tests.unit.test_evaluation import model, rows_of, write_reviews, write_rows  # noqa: F401 - a fixture
+from tests.unit.test_evaluation import rows_of, write_reviews, write_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,10 +44,10 @@ def test_a_worker_that_is_killed_costs_its_task_alone() -> None:
 
 
 @pytest.fixture
-def grid(model: Path, tmp_path: Path) -> Path:  # noqa: F811
+def grid(small_encoder: Path, tmp_path: Path) -> Path:
     """Two models, one task, two learning rates and three seeds: twelve runs."""
     tree = {
-        "models": {"one": str(model), "other": str(model)},
+        "models": {"one": str(small_encoder), "other": str(small_encoder)},
         "tasks": ["rotten_tomatoes"],
         "data": {"rotten_tomatoes": str(write_reviews(tmp_path))},
         "learning_rates": [1e-2, 1e-4],
@@ -143,12 +143,12 @@ def test_keys_are_those_of_what_a_run_depends_on(grid: Path, tmp_path: Path) -> 
     assert not set(keys) & {run.key for run in grid_runs(read_grid(str(tmp_path / "longer.yaml")))}
 
 
-def test_four_tasks_from_grid_to_report(model: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_four_tasks_from_grid_to_report(small_encoder: Path, tmp_path: Path) -> None:
     """The tools in a row, on every family of tasks."""
     tasks = {"boolq": "sc", "entity_tweets": "tc", "disfl_qa": "qa", "boolq_retrieval": "ir"}
     data = {task: write_rows(tmp_path, task, rows_of(family)) for task, family in tasks.items()}
     settings = {"learning_rates": [3e-3, 1e-3], "seeds": [0, 1], "batch_size": 8}
-    tree = {"models": {"one": str(model), "two": str(model)}, "tasks": list(tasks), "data": data, **settings}
+    tree = {"models": {"one": str(small_encoder), "two": str(small_encoder)}, "tasks": list(tasks), "data": data, **settings}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(tree))
     subprocess.run(command(tmp_path / "grid.yaml", tmp_path / "out", "--mlflow-uri", "none"), check=True, timeout=300)
     report = [sys.executable, str(ROOT / "tools/report_study.py"), str(tmp_path / "out"), "--output-dir", str(tmp_path / "report")]
