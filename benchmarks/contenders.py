@@ -183,19 +183,12 @@ def build_trainer(shape: Shape, objective: str, stack: ExitStack) -> Step:
     return trainer_step(model, tokens, labels, LEARNING_RATE, CLIP, stack)
 
 
-def build_megatron_core(shape: Shape, objective: str, stack: ExitStack) -> Step:
-    """megatron-core's GPTModel as it comes, in a plain loop: its local layers, logits at every position, torch's AdamW."""
+def megatron_config(encoder: Any, **other: Any) -> Any:
+    """megatron-core's configuration of our sizes."""
     import torch
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.enums import AttnMaskType
 
-    encoder, batch = encoder_of(shape), make_batch(shape, objective)
-    stack.enter_context(own_groups(encoder, shape.batch_size))  # without its patches nothing of megatron-core runs on a CPU
-    model_parallel_cuda_manual_seed(0)
-    config = TransformerConfig(
+    return TransformerConfig(
         num_layers=encoder.num_layers,
         hidden_size=encoder.hidden_size,
         ffn_hidden_size=encoder.ffn_hidden_size,
@@ -208,8 +201,22 @@ def build_megatron_core(shape: Shape, objective: str, stack: ExitStack) -> Step:
         add_bias_linear=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        use_cpu_initialization=True,
+        **other,
     )
+
+
+def build_megatron_core(shape: Shape, objective: str, stack: ExitStack) -> Step:
+    """megatron-core's GPTModel as it comes, in a plain loop: its local layers, logits at every position, torch's AdamW."""
+    import torch
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.enums import AttnMaskType
+
+    encoder, batch = encoder_of(shape), make_batch(shape, objective)
+    stack.enter_context(own_groups(encoder, shape.batch_size))  # without its patches nothing of megatron-core runs on a CPU
+    model_parallel_cuda_manual_seed(0)
+    config = megatron_config(encoder, use_cpu_initialization=True)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     if objective == "mlm":
         spec.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.padding

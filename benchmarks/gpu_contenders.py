@@ -6,7 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.contenders import CLIP, LEARNING_RATE, Shape, encoder_of, make_batch, own_micro_batch, transformers_model
+from benchmarks.contenders import (
+    CLIP,
+    LEARNING_RATE,
+    Shape,
+    encoder_of,
+    make_batch,
+    megatron_config,
+    own_micro_batch,
+    transformers_model,
+)
 from benchmarks.own_run import own_step
 
 Step = Callable[[], Tensor]
@@ -55,7 +64,8 @@ def build_megatron_core(shape: Shape, objective: str) -> Step:
     from megatron.core.transformer.module import Float16Module
 
     model_parallel_cuda_manual_seed(0)
-    config = _megatron_config(encoder_of(shape))
+    numbers = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
+    config = megatron_config(encoder_of(shape), **numbers, **FUSED)
     model = Float16Module(config, _gpt(config, shape, objective).cuda())
     ddp = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
     settings = OptimizerConfig(
@@ -77,30 +87,12 @@ def build_megatron_core(shape: Shape, objective: str) -> Step:
     return step
 
 
-def _megatron_config(encoder: Any) -> Any:
-    from megatron.core.transformer import TransformerConfig
-
-    return TransformerConfig(
-        num_layers=encoder.num_layers,
-        hidden_size=encoder.hidden_size,
-        ffn_hidden_size=encoder.ffn_hidden_size,
-        num_attention_heads=encoder.num_attention_heads,
-        num_query_groups=encoder.num_query_groups,
-        kv_channels=encoder.head_dim,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        normalization="RMSNorm",
-        add_bias_linear=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        bf16=True,
-        params_dtype=torch.bfloat16,
-        pipeline_dtype=torch.bfloat16,
-        gradient_accumulation_fusion=False,  # its output layer would need Apex for it
-        bias_activation_fusion=True,
-        apply_rope_fusion=True,
-        cross_entropy_loss_fusion=True,
-    )
+FUSED = {
+    "gradient_accumulation_fusion": False,  # its output layer would need Apex for it
+    "bias_activation_fusion": True,
+    "apply_rope_fusion": True,
+    "cross_entropy_loss_fusion": True,
+}
 
 
 def _gpt(config: Any, shape: Shape, objective: str) -> Any:
