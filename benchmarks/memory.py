@@ -24,6 +24,7 @@ from benchmarks.own_run import own_groups, own_step
 from megatron_ext.errors import CommandLine, run_command
 
 STEPS = 8  # the heap has its holes by then
+PROCESSES = 3
 TOLERANCE = 0.10
 
 
@@ -88,13 +89,22 @@ def main() -> int:
     print("| run | weights | gradients | optimizer | activations | head | workspace | predicted | measured | error |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for number in chosen:
-        result = _in_own_process(number)
+        result = _median(number)
         results.append(result)
         parts = " | ".join(f"{value / 2**20:,.0f}" for value in result["parts"].values())
-        predicted, measured = (result[key] / 2**20 for key in ("predicted", "measured"))
-        print(f"| {result['name']} | {parts} | {predicted:,.0f} | {measured:,.0f} | {result['error']:+.1%} |", flush=True)
+        predicted, measured, lowest, highest = (
+            value / 2**20 for value in (result["predicted"], result["measured"], min(result["runs"]), max(result["runs"]))
+        )
+        found = f"{measured:,.0f} ({lowest:,.0f} to {highest:,.0f})"
+        print(f"| {result['name']} | {parts} | {predicted:,.0f} | {found} | {result['error']:+.1%} |", flush=True)
     (arguments.output_dir / "memory.json").write_text(json.dumps(results, indent=1))
     return 1 if any(result["is_held"] and abs(result["error"]) > arguments.tolerance for result in results) else 0
+
+
+def _median(number: int) -> dict[str, Any]:
+    """The one in the middle of three: where the heap's holes lie depends on when its threads ran."""
+    found = sorted((_in_own_process(number) for _ in range(PROCESSES)), key=lambda result: result["measured"])
+    return {**found[PROCESSES // 2], "runs": [result["measured"] for result in found]}
 
 
 def _in_own_process(number: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from megatron_ext.runtime.topology import Layout
 
 CPU_LIBRARIES, CPU_LIBRARIES_BF16 = 24 * 2**20, 48 * 2**20
 """Buffers that torch's libraries keep for themselves on a CPU: measured, docs/results/memory.md."""
-CPU_HOLES = 0.2
+CPU_HOLES = 0.22
 """Share of what comes and goes in a step that a CPU run holds besides, in holes of its heap: fitted, docs/results/memory.md."""
 FLOAT32 = 4
 MOMENTS = 2 * FLOAT32

@@ -45,13 +45,13 @@ def test_a_worker_that_is_killed_costs_its_task_alone() -> None:
 
 @pytest.fixture
 def grid(small_encoder: Path, tmp_path: Path) -> Path:
-    """Two models, one task, two learning rates and three seeds: twelve runs."""
+    """Two models, one task, two learning rates and two seeds: eight runs."""
     tree = {
         "models": {"one": str(small_encoder), "other": str(small_encoder)},
         "tasks": ["rotten_tomatoes"],
         "data": {"rotten_tomatoes": str(write_reviews(tmp_path))},
         "learning_rates": [1e-2, 1e-4],
-        "seeds": [0, 1, 2],
+        "seeds": [0, 1],
         "batch_size": 8,
     }
     file = tmp_path / "grid.yaml"
@@ -81,18 +81,18 @@ def test_a_grid_that_is_killed_goes_on_and_ends_as_if_it_had_not_been(grid: Path
     subprocess.run(command(grid, whole), check=True, capture_output=True, timeout=200)
     process = subprocess.Popen(command(grid, killed, "--mlflow-uri", "none"), stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 100
-    while len(list(killed.glob("runs/*.json"))) < 3:
+    while len(list(killed.glob("runs/*.json"))) < 2:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     kept = {path: path.stat().st_mtime_ns for path in killed.glob("runs/*.json")}
-    assert 3 <= len(kept) < 12
+    assert 2 <= len(kept) < 8
     subprocess.run(command(grid, killed, "--mlflow-uri", "none"), check=True, capture_output=True, timeout=200)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     timeless = [name for name in table(whole).columns if name != "seconds"]
     pandas.testing.assert_frame_equal(table(whole)[timeless], table(killed)[timeless])
-    assert len(table(whole)) == 12 and set(table(whole)["model"]) == {"one", "other"}
+    assert len(table(whole)) == 8 and set(table(whole)["model"]) == {"one", "other"}
     _check_mlflow(whole)
 
 
@@ -135,7 +135,7 @@ def test_data_that_change_are_other_runs(grid: Path, tmp_path: Path) -> None:
 
 def test_keys_are_those_of_what_a_run_depends_on(grid: Path, tmp_path: Path) -> None:
     keys = [run.key for run in grid_runs(read_grid(str(grid)))]
-    assert len(set(keys)) == 12
+    assert len(set(keys)) == 8
     tree = yaml.safe_load(grid.read_text())
     (tmp_path / "more.yaml").write_text(yaml.safe_dump({**tree, "seeds": [0, 1, 2, 3]}))
     assert set(keys) < {run.key for run in grid_runs(read_grid(str(tmp_path / "more.yaml")))}
