@@ -22,15 +22,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.contenders import MASK_RATIO, Shape, encoder_of, step_flops
+from benchmarks.contenders import Shape, encoder_of, step_flops
 from benchmarks.gpu_contenders import BUILDERS, build_ours
 from benchmarks.machine import machine
 from benchmarks.own_run import own_groups
 from megatron_ext.errors import CommandLine, UserError, run_command
+from megatron_ext.plan.hardware import GPUS
+from megatron_ext.plan.targets import SEQUENCE, VOCABULARY, OwnRun
 
-VOCABULARY = 128_256
-LENGTH = 2048
-BF16_PEAK = 989e12
 WARM_UP, STEPS = 4, 10
 
 
@@ -48,7 +47,7 @@ class Case:
     @property
     def shape(self) -> Shape:
         """For the batch and the FLOPs."""
-        return Shape(self.preset, None, VOCABULARY, self.batch_size, LENGTH)
+        return Shape(self.preset, None, VOCABULARY, self.batch_size, SEQUENCE)
 
 
 PEERS = (("megatron_ext", "bf16"), ("transformers", "bf16"), ("megatron_core", "bf16"))
@@ -134,23 +133,16 @@ def _measure(case: Case, stack: ExitStack) -> dict[str, Any]:
 def predicted(case: Case) -> tuple[float, float]:
     """Seconds and bytes that `tools/plan.py` says of this case on an H100."""
     from megatron_ext.config import ParallelConfig, PrecisionConfig, TrainingConfig
-    from megatron_ext.plan.execution import Execution
-    from megatron_ext.plan.hardware import GPUS
+    from megatron_ext.plan.kernels import CALIBRATED
     from megatron_ext.plan.memory import rank_memory
-    from megatron_ext.plan.speed import predict
-    from megatron_ext.plan.workload import Shape as PlannedShape
-    from megatron_ext.plan.workload import Workload
     from megatron_ext.runtime.topology import check_layout
 
-    encoder, causal = encoder_of(case.shape), case.objective == "clm"
-    share = 1 - 1 / LENGTH if causal else MASK_RATIO
+    recipe: Any = case.recipe
+    run, encoder = OwnRun(case.preset, case.batch_size, case.objective, recipe, None, None), encoder_of(case.shape)
     training = TrainingConfig(micro_batch_size=case.batch_size, global_batch_size=case.batch_size)
-    precision: Any = PrecisionConfig(recipe=case.recipe)
-    layout = check_layout(ParallelConfig(), training, encoder.num_layers, {}, 1)
-    work = Workload(shape=PlannedShape.of(encoder, VOCABULARY), sequence=LENGTH, causal=causal, predicted_share=share)
-    run = Execution.of(layout, training, precision, overlap=False)
-    memory = rank_memory(encoder, VOCABULARY, layout, training, precision, LENGTH, 0, share)
-    return predict(GPUS["h100"], work, run).seconds, float(memory.total)
+    layout, precision = check_layout(ParallelConfig(), training, encoder.num_layers, {}, 1), PrecisionConfig(recipe=recipe)
+    memory = rank_memory(encoder, VOCABULARY, layout, training, precision, SEQUENCE, 0, run.work.predicted_share)
+    return run.predict(CALIBRATED).seconds, float(memory.total)
 
 
 def write(results: dict[Case, list[dict[str, Any]]], rate: float, folder: Path) -> None:
@@ -169,13 +161,13 @@ def write(results: dict[Case, list[dict[str, Any]]], rate: float, folder: Path) 
 
 
 def _cells(case: Case, rounds: list[dict[str, Any]]) -> list[str]:
-    about = [case.preset, f"{case.batch_size} x {LENGTH}", case.objective, case.contender, case.recipe]
+    about = [case.preset, f"{case.batch_size} x {SEQUENCE}", case.objective, case.contender, case.recipe]
     found = [each for each in rounds if "error" not in each]
     if not found:
         return [*about, rounds[0]["error"].replace("|", "/").replace("\n", " ")[:80], "", "", "", ""]
     best = min(found, key=lambda each: each["seconds"])
     tokens = case.shape.tokens / best["seconds"]
-    mfu = step_flops(case.shape, case.objective) / best["seconds"] / BF16_PEAK
+    mfu = step_flops(case.shape, case.objective) / best["seconds"] / GPUS["h100"].bf16_peak
     figures = [f"{tokens:,.0f}", f"{100 * mfu:.1f} %", "", f"{best['peak_bytes'] / 2**30:.1f}", ""]
     if case.contender == "megatron_ext":
         seconds, memory = predicted(case)

@@ -74,9 +74,8 @@ def main() -> int:
         settings=settings,
     )
     outcome = finetune(run)
-    figures = {name: value for name, value in vars(outcome).items() if name != "test_items"}
     if arguments.json:
-        print(json.dumps({**run.as_dict(), "metric": find_task(run.task).metric, **figures}))
+        print(json.dumps({**run.as_dict(), "metric": find_task(run.task).metric, **outcome.figures()}))
     else:
         print(f"{run.task}, {find_task(run.task).metric}: validation {outcome.validation:.4f}, test {outcome.test:.4f}")
         print(f"{outcome.steps} steps, training loss {outcome.train_loss:.4f} at the end, {outcome.seconds:.1f} s")

@@ -149,7 +149,13 @@ def _check(found: str, pinned: str, what: str) -> None:
         raise UserError(f"{what}: SHA-256 is {found}, pinned is {pinned}; it is not the text this tool knows")
 
 
-def _unique_passages(members: Members, source: str) -> Iterator[dict[str, str]]:
+def split_of(key: str) -> str:
+    """8 of 10 keys for training, 1 for validation, 1 for the test: a function of the key alone."""
+    part = int(hashlib.sha256(key.encode()).hexdigest(), 16) % 10
+    return {8: "validation", 9: "test"}.get(part, "train")
+
+
+def unique_passages(members: Members, source: str) -> Iterator[dict[str, str]]:
     """The passages of a question-answering set, each once, in the order of their first question."""
     (content,) = members.values()
     passages = dict.fromkeys(json.loads(line)["passage"] for line in content.decode("utf-8").splitlines())
@@ -194,8 +200,7 @@ def _reviews(members: Members) -> Iterator[dict[str, str]]:
     table = csv.DictReader(io.StringIO(bz2.decompress(content).decode("utf-8"), newline=""))
     rows = [row for row in table if row["category"] != "plot"]
     for index, row in enumerate(rows):
-        part = int(hashlib.sha256(row["movie_name"].encode()).hexdigest(), 16) % 10
-        split = {8: "validation", 9: "test"}.get(part, "train")
+        split = split_of(row["movie_name"])
         yield {"text": row["text"], "label": row["category"], "split": split, "id": f"review-{index}", "source": row["movie_name"]}
 
 
@@ -211,7 +216,7 @@ CORPORA = {
             members_sha256="ca95568ff3ebbc48719448c1b2be655ee851170aededad650a812a4e6573cb74",
             output_sha256="ff393a2a7437fcb73777a8c7845c64d260c8b88fa8c4af745d68fed770ad5c8b",
             licence="Wikipedia passages of BoolQ, CC BY-SA 3.0",
-            convert=partial(_unique_passages, source="boolq"),
+            convert=partial(unique_passages, source="boolq"),
         ),
         Corpus(
             name="shakespeare",
@@ -230,7 +235,7 @@ CORPORA = {
             members_sha256="c76055904da051070057e52648b4252d1d72ebbcbd88a0ee6fedb8d5a7fe9346",
             output_sha256="35efcf51c65160fa00f34170b9037edc92d496215f51354300ef2ce668384d67",
             licence="summaries of stories from NarrativeQA, Apache-2.0",
-            convert=partial(_unique_passages, source="narrativeqa"),
+            convert=partial(unique_passages, source="narrativeqa"),
         ),
         Corpus(
             name="quac_passages",
@@ -239,7 +244,7 @@ CORPORA = {
             members_sha256="556e93683b437b1cdf35c55ffb9f0d2a5d96afdab37fb5ac452604b34ef7e235",
             output_sha256="9cf042c7d8d83b937fbee5e38275dfbf3dee5341559d85121bf2f828a9ef4671",
             licence="Wikipedia passages of QuAC, CC BY-SA 4.0",
-            convert=partial(_unique_passages, source="quac"),
+            convert=partial(unique_passages, source="quac"),
         ),
         Corpus(
             name="news_articles",

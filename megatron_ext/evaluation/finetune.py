@@ -52,6 +52,10 @@ class Outcome:
     steps: int
     seconds: float
 
+    def figures(self) -> dict[str, float]:
+        """All but the items."""
+        return {name: value for name, value in vars(self).items() if name != "test_items"}
+
 
 @lru_cache(maxsize=4)
 def _examples(task: Task, data: str | None, source_data: str | None, settings: Settings) -> Examples:

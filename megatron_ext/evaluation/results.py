@@ -79,8 +79,7 @@ def _inputs(run: GridRun) -> dict[str, Any]:
 
 def as_row(run: GridRun, outcome: Outcome) -> dict[str, Any]:
     """Of the table."""
-    figures = {name: value for name, value in vars(outcome).items() if name != "test_items"}
-    return {**_inputs(run), **figures}
+    return {**_inputs(run), **outcome.figures()}
 
 
 @contextlib.contextmanager

@@ -80,14 +80,10 @@ def _on_the_way(study: Study, path: tuple[Segment, ...], step: int) -> Facts:
     )
 
 
-def _label(part: Part) -> str:
-    return "clm" if part.objective == "clm" else f"{part.objective}{part.ratio:g}"
-
-
 def _plan(parts: Iterable[Part]) -> str:
     words: list[str] = []
     for part in parts:
-        word = f"+ {_label(part)}" if part.rewarms else _label(part)
+        word = f"+ {part.objective_label}" if part.rewarms else part.objective_label
         if not words or words[-1].removeprefix("+ ") != word:
             words.append(word)
     return " > ".join(words).replace(" > + ", " + ")
@@ -101,7 +97,7 @@ def _ratio(parts: Iterable[Part]) -> float | None:
 def _causal_share(parts: Iterable[Part]) -> float | None:
     parts = list(parts)
     stable = [part for part in parts if not part.is_decay]
-    if any(part.objective not in ("clm", "mlm") for part in parts) or len({_label(part) for part in parts} - {"clm"}) > 1:
+    if any(part.objective not in ("clm", "mlm") for part in parts) or len({part.objective_label for part in parts} - {"clm"}) > 1:
         return None
     total = sum(part.steps for part in stable)
     return sum(part.steps for part in stable if part.objective == "clm") / total if total else None

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from megatron_ext.errors import UserError, say, warn
 from megatron_ext.study.segment_run import SegmentRun
-from megatron_ext.study.status import newest_step
+from megatron_ext.study.status import made_steps
 
 ROOT = Path(__file__).parents[2]
 LOOK = 0.2
@@ -60,14 +60,17 @@ class LocalRun:
         for run in self.runs:
             if run.name in done:
                 self._export(run)
+        made = {run.name: made_steps(run) for run in self.runs}
         with self._stopping(), self._bar() as bar:
             while (waiting or self.going) and not self.stopped:
                 waiting = self._start(waiting, done, devices)
                 time.sleep(LOOK)
+                made |= {each.run.name: made_steps(each.run) for each in self.going}
                 for going in [each for each in self.going if each.process.poll() is not None]:
                     self.going.remove(going)
                     self._end(going, done)
-                bar.n = sum(_steps(run, run.name in done) for run in self.runs)
+                    made[going.run.name] = made_steps(going.run)
+                bar.n = sum(made.values())
                 bar.set_postfix_str(", ".join(each.run.name for each in self.going)[-60:], refresh=True)
         if self.stopped:
             raise UserError(f"stopped by {signal.Signals(self.stopped).name}: the same command goes on from here")
@@ -156,10 +159,6 @@ class LocalRun:
     def _bar(self) -> Any:
         total = sum(run.segment.part.steps for run in self.runs)
         return tqdm(total=total, unit="step", desc="study", disable=None)
-
-
-def _steps(run: SegmentRun, is_done: bool) -> int:
-    return run.segment.part.steps if is_done else max(0, newest_step(run) - run.segment.start_step)
 
 
 def last_line(log: Path) -> str:

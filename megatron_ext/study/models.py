@@ -25,9 +25,14 @@ class Part:
         return self.objective, self.ratio if self.objective != "clm" else 0.0, self.is_decay, self.rewarms
 
     @property
+    def objective_label(self) -> str:
+        """The objective, and the ratio of a masked one."""
+        return Stretch(objective=self.objective, ratio=self.ratio).label
+
+    @property
     def label(self) -> str:
         """For people."""
-        name = Stretch(objective=self.objective, ratio=self.ratio).label
+        name = self.objective_label
         return f"{name} decay" if self.is_decay else f"{name} from a warm-up" if self.rewarms else name
 
 

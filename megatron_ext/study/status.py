@@ -26,13 +26,18 @@ def _last_step(file: Path) -> int:
     return 0
 
 
+def made_steps(run: SegmentRun) -> int:
+    """Of the segment."""
+    return run.segment.part.steps if run.is_done else max(0, newest_step(run) - run.segment.start_step)
+
+
 def render_status(runs: list[SegmentRun]) -> list[str]:
     """The tree, a line for each segment, and a sum."""
     lines, done_steps, all_steps = [], 0, 0
     for run in runs:
         steps = run.segment.part.steps
-        state = "done" if run.is_done else "part" if newest_step(run) > run.segment.start_step else "waiting"
-        made = steps if state == "done" else max(0, newest_step(run) - run.segment.start_step)
+        made = made_steps(run)
+        state = "done" if run.is_done else "part" if made else "waiting"
         done_steps, all_steps = done_steps + made, all_steps + steps
         ends = f"  = {', '.join(model.name for model in run.segment.models)}" if run.segment.models else ""
         head = f"{run.segment.size} " if len(run.path) == 1 else "   " * (len(run.path) - 1)
