@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -62,6 +63,7 @@ def build_megatron_core(shape: Shape, objective: str) -> Step:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.module import Float16Module
+    from transformer_engine.pytorch.optimizers import FusedAdam
 
     model_parallel_cuda_manual_seed(0)
     numbers = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
@@ -71,7 +73,8 @@ def build_megatron_core(shape: Shape, objective: str) -> Step:
     settings = OptimizerConfig(
         optimizer="adam", lr=LEARNING_RATE, clip_grad=CLIP, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=False
     )
-    optimizer = get_megatron_optimizer(settings, [ddp])
+    with patch("megatron.core.optimizer.Adam", FusedAdam):  # its own choice, which this project replaces
+        optimizer = get_megatron_optimizer(settings, [ddp])
     tokens, positions, labels, counted = _inputs(shape, objective)
 
     def step() -> Tensor:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from megatron_ext.doctor.report import Report
 from megatron_ext.errors import UserError, one_line
 from megatron_ext.runtime.capabilities import (
-    Apex,
     architecture,
     find_apex,
     installed_version,
@@ -58,7 +57,8 @@ def check_machine() -> Report:
         "will_use": None,
     }
     report.facts["fp8"] = _fp8(gpus, engine_problem)
-    _check_apex(report, apex, engine_problem)
+    if refusal := refusal_of(apex):
+        report.problems.append(refusal)
     _note_what_is_missing(report, engine_problem)
     _note_limits(report)
     if has_torch and apex.kind != "foreign":  # otherwise importing megatron-core would run the foreign package
@@ -186,17 +186,6 @@ def _packages(report: Report) -> dict[str, str | None]:
     return versions
 
 
-def _check_apex(report: Report, apex: Apex, engine_problem: str | None) -> None:
-    refusal = refusal_of(apex)
-    if refusal:
-        report.problems.append(refusal)
-    if apex.kind == "nvidia" and not apex.has_extensions and engine_problem is not None:
-        report.problems.append(
-            f"NVIDIA Apex at {apex.location} was built without its CUDA extensions (amp_C): megatron-core would take its "
-            "FusedAdam, which then fails; build it with them, or remove it"
-        )
-
-
 def _note_what_is_missing(report: Report, engine_problem: str | None) -> None:
     for name, cost in OPTIONAL.items():
         if installed_version(name) is None and not (name == ENGINE and is_there("transformer_engine")):
@@ -225,15 +214,12 @@ def _note_limits(report: Report) -> None:
 def _will_use() -> dict[str, Any]:
     """What a run with `training.backend: auto` takes, from the functions that a run asks."""
     from megatron_ext.runtime.backend import choose_backend
-    from megatron_ext.runtime.cpu import adamw_class
 
     backend = choose_backend("auto")
-    adamw = adamw_class()
     return {
         "device": backend.device.type,
         "layers": backend.layers,
         "communication": backend.communication,
-        "adamw": f"{adamw.__module__}.{adamw.__name__}",
         "attention": list(_attention(backend)),
     }
 

@@ -119,7 +119,7 @@ def machine_lines(facts: dict[str, Any], paint: Painter) -> list[str]:
         return lines
     used = facts["will_use"]
     lines += [paint("what will be used (training.backend: auto)", "bold")]
-    lines += table([(name, used[name]) for name in ("device", "layers", "communication", "adamw")])
+    lines += table([(name, used[name]) for name in ("device", "layers", "communication")])
     rows = [
         (row["objective"], "packed" if row["packed"] else "unpacked", row["kernel"], row["mask_type"], _runs(row))
         for row in used["attention"]

@@ -159,19 +159,19 @@ class _Product(torch.autograd.Function):
         return grad_input, grad_weight, None
 
 
-def end_step(chunks: Iterable[torch.nn.Module], was_taken: bool) -> None:
+def end_step(chunks: Iterable[torch.nn.Module], is_bad: torch.Tensor) -> None:
     """Delayed scaling: take this step's largest values over the tensor- and data-parallel ranks into the histories.
 
     Called by all ranks together after each step; without layers of delayed scaling it does nothing.
 
     Args:
         chunks: this rank's model chunks.
-        was_taken: the optimizer took the step; what a step that is not finite has seen is forgotten.
+        is_bad: scalar, 1 if the optimizer left the step out: what a step that is not finite has seen is forgotten.
     """
     layers = list(_delayed_layers(chunks))
     if not layers:
         return
-    if was_taken:
+    if not is_bad:
         largest = torch.stack([layer.amax for layer in layers]).float()
         group = parallel_state.get_amax_reduction_group(with_context_parallel=True, tp_only_amax_red=False)
         torch.distributed.all_reduce(largest, op=ReduceOp.MAX, group=group)

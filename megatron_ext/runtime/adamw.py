@@ -26,26 +26,50 @@ class FusedAdamW(torch.optim.Optimizer):
         assert adam_w_mode, "only decoupled weight decay is implemented"
         assert not capturable, "CUDA graphs are not implemented"
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.gradient_divisor = 1.0
-        """Gradients are divided by it in the update itself, which spares clipping a pass over them; for one step."""
+        self._is_bad: torch.Tensor | None = None
+        self._divisor: torch.Tensor | None = None
+        self._skipped: torch.Tensor | None = None
+        """Steps that were left out and that the groups' `step` counts as yet; on the device."""
+
+    def decide(self, is_bad: torch.Tensor, divisor: torch.Tensor | None) -> None:
+        """Say on the device what becomes of the next step.
+
+        Args:
+            is_bad: float32 scalar; 1 leaves the step out: weights and moments stay as they are.
+            divisor: float32 scalar by which the gradients are divided in the update itself, which spares clipping a pass over them.
+        """
+        self._is_bad, self._divisor = is_bad, divisor
+
+    def count_skipped(self, steps: int) -> None:
+        """Take so many steps, all that `decide` has left out since the last call, off the groups' count."""
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) - steps
+        self._skipped = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update every parameter that has a gradient."""
-        divisor, self.gradient_divisor = self.gradient_divisor, 1.0
+        is_bad, self._is_bad = self._is_bad, None
+        divisor, self._divisor = self._divisor, None
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                scale = None if divisor == 1 else torch.tensor(divisor, device=params[0].device)
-                self._update(group, params, scale)
+                self._update(group, params, divisor, is_bad)
+        if is_bad is not None:
+            self._skipped = is_bad if self._skipped is None else self._skipped + is_bad
 
-    def _update(self, group: dict[str, Any], params: list[torch.Tensor], scale: torch.Tensor | None) -> None:
+    def _update(
+        self, group: dict[str, Any], params: list[torch.Tensor], divisor: torch.Tensor | None, is_bad: torch.Tensor | None
+    ) -> None:
         for p in params:
             if not self.state[p]:
                 self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         beta1, beta2 = group["betas"]
-        step = torch.tensor(float(group["step"]), device=params[0].device)
+        # Filled on the device: a copy of a number from the host would wait.
+        step = torch.full((), float(group["step"]), device=params[0].device)
+        if self._skipped is not None:
+            step -= self._skipped
         torch._fused_adamw_(
             params,
             [p.grad for p in params],
@@ -60,5 +84,6 @@ class FusedAdamW(torch.optim.Optimizer):
             eps=group["eps"],
             amsgrad=False,
             maximize=False,
-            grad_scale=scale,
+            grad_scale=divisor,
+            found_inf=is_bad,
         )

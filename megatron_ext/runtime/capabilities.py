@@ -33,8 +33,6 @@ class Apex:
     """Folder or file."""
     distribution: str | None = None
     """Name, version and summary of the installed distribution, where there is one."""
-    has_extensions: bool = False
-    """NVIDIA's compiled kernels (`amp_C`) are there too; its optimizers refuse to work without them."""
 
 
 def find_apex() -> Apex:
@@ -45,8 +43,7 @@ def find_apex() -> Apex:
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     is_nvidia = any(all((folder / part).is_file() for part in APEX_PARTS) for folder in folders)
     location = str(folders[0]) if folders else spec.origin
-    has_extensions = is_nvidia and is_there("amp_C")
-    return Apex("nvidia" if is_nvidia else "foreign", location, _distribution("apex"), has_extensions)
+    return Apex("nvidia" if is_nvidia else "foreign", location, _distribution("apex"))
 
 
 def _distribution(name: str) -> str | None:

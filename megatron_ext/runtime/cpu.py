@@ -1,9 +1,9 @@
-"""Lets megatron-core run where there is no CUDA. The only module that patches megatron-core or torch for good.
-(`megatron_ext.unpickling.only_plain_data` replaces two functions of torch while a checkpoint is loaded.)
+"""Lets megatron-core run where there is no CUDA, and gives it one AdamW everywhere. The only module that patches it or torch for
+good. (`megatron_ext.unpickling.only_plain_data` replaces two functions of torch while a checkpoint is loaded.)
 
 megatron-core assumes CUDA in three ways, each met by one patch below. All were found on 0.16.1 and hold to 0.19.x
 (`megatron_versions.SUPPORTED`); `patch_megatron` refuses other versions, so that an upgrade is looked at before it is trusted.
-The patches are applied once per process, before any process group, and never where CUDA is available.
+The patches are applied once per process, before any process group; those for a machine without CUDA never where there is one.
 """
 
 import contextlib
@@ -243,29 +243,17 @@ def patch_tensor_lists() -> None:
             setattr(module, attribute, own[attribute])
 
 
-def _has_fused_adam() -> bool:
-    """Whether megatron has found TE's or Apex's AdamW, and there is a GPU for it."""
-    return torch.cuda.is_available() and not importlib.import_module("megatron.core.optimizer").USING_PYTORCH_OPTIMIZER
-
-
-def adamw_class() -> type:
-    """The AdamW of a run: Transformer Engine's or Apex's as megatron chooses, and `FusedAdamW` where neither can run."""
-    return importlib.import_module("megatron.core.optimizer").Adam if _has_fused_adam() else FusedAdamW
-
-
 def patch_torch_optimizer() -> None:
-    """Without TE and Apex megatron takes `torch.optim.AdamW`, unfused and with the step in each parameter's state.
+    """One AdamW on every device. megatron's own choice is Transformer Engine's or Apex's, CUDA kernels both, or torch's, whose
+    state per parameter the distributed optimizer cannot load (`KeyError: 'step'`).
 
-    That is slow, and the distributed optimizer cannot load what it saved (`KeyError: 'step'`). `FusedAdamW` keeps to the
-    interface of Apex's optimizer, so megatron is told that it has that one. Needed on any device without TE and Apex, and without
-    a GPU in any case: their optimizers are CUDA kernels.
+    `FusedAdamW` keeps to the interface of Apex's optimizer, so megatron is told that it has that one. With theirs the host would
+    have to wait for the device before each update: they take no flag from it that leaves a step out.
     """
     optimizer = importlib.import_module("megatron.core.optimizer")
     distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
 
-    if _has_fused_adam():
-        return
     optimizer.Adam = distributed.Adam = FusedAdamW
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distributed.HAVE_APEX_OR_TE = True
-    distributed.USING_APEX_OPTIMIZER = True
+    distributed.USING_TE_OPTIMIZER, distributed.USING_APEX_OPTIMIZER = False, True

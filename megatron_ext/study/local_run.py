@@ -105,14 +105,16 @@ class LocalRun:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--shutdown-timeout", str(PATIENCE), "--nproc-per-node"]
         ranks = [*torchrun, str(self.ranks)] if self.ranks > 1 else []
         command = [sys.executable, *ranks, str(ROOT / "pretrain_encoder.py"), "--config", str(run.config_file)]
-        threads = max(1, len(os.sched_getaffinity(0)) // (self.jobs * self.ranks))
-        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        environment = dict(os.environ)
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices[slot * self.ranks : (slot + 1) * self.ranks])
         with open(run.log_file, "a") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
             )
+        # A run takes all cores that it may use, and threads of two runs that wait for each other on the same cores hardly get on.
+        os.sched_setaffinity(process.pid, cores_of(slot, self.jobs, os.sched_getaffinity(0)))
+        return process
 
     def _end(self, going: _Going, done: set[str]) -> None:
         run, code = going.run, going.process.returncode
@@ -159,6 +161,12 @@ class LocalRun:
     def _bar(self) -> Any:
         total = sum(run.segment.part.steps for run in self.runs)
         return tqdm(total=total, unit="step", desc="study", disable=None)
+
+
+def cores_of(slot: int, jobs: int, cores: set[int]) -> set[int]:
+    """The cores of one of so many jobs: no two jobs share one, unless there are more jobs than cores."""
+    ordered = sorted(cores)
+    return set(ordered[slot::jobs]) or {ordered[slot % len(ordered)]}
 
 
 def last_line(log: Path) -> str:

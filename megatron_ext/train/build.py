@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
@@ -18,6 +18,7 @@ from megatron_ext.model.presets import EncoderConfig, padded_vocab_size
 from megatron_ext.runtime.backend import Backend
 from megatron_ext.runtime.precision import data_parallel_settings
 from megatron_ext.runtime.topology import Layout
+from megatron_ext.train.gradients import finalize_gradients
 
 
 def build_model(
@@ -44,7 +45,7 @@ def build_model(
     """
     model_parallel_cuda_manual_seed(seed)
     config = transformer_config(encoder, layout, backend.layers, dtype, precision, recompute)
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = finalize_gradients
     chunks = []
     for number in range(layout.virtual_pipeline):
         vp_stage = number if layout.virtual_pipeline > 1 else None

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from megatron_ext.config import OptimizerConfig, PrecisionConfig
 from megatron_ext.objective import PhasePlan
-from megatron_ext.runtime.adamw import FusedAdamW
 from megatron_ext.runtime.precision import optimizer_settings
+from megatron_ext.train.gradients import gradient_norm, is_not_finite, parts_of
+from megatron_ext.train.step import Sums
 
 
 def build_optimizer(
@@ -68,24 +68,34 @@ def learning_rate(config: OptimizerConfig, plan: PhasePlan, step: int) -> float:
     return peak
 
 
-def gradient_norm(optimizer: Any) -> float:
-    """Make the gradients ready for an update; their global norm, before clipping. Waits for the device."""
-    optimizer.prepare_grads()
-    return float(optimizer.get_grad_norm())
+def update(optimizer: Any, sums: Sums) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clip the gradients and take the step, unless a loss or the gradients are not finite on some rank. Waits for no device.
 
+    megatron's own step in parts: it is decided on the device, where a step that is left out changes nothing. `count_skipped` must
+    be told of those before the optimizer's state is saved or reset.
 
-def update(optimizer: Any, norm: float) -> None:
-    """Clip the gradients, whose norm this is, and take the step. Together with `gradient_norm` this is megatron's own step,
-    cut in two so that a step with a norm that is not finite can be left out."""
-    for part in _parts(optimizer):
-        parameters = part.get_parameters()
-        if not parameters or part.config.clip_grad <= 0:
-            continue
-        if isinstance(part.optimizer, FusedAdamW):
-            part.optimizer.gradient_divisor = max(1.0, norm / part.config.clip_grad)
-        else:
-            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+    Args:
+        optimizer: megatron's.
+        sums: this rank's losses of the step.
+
+    Returns:
+        The gradients' global norm before clipping, and 1 if the step was left out, else 0: float32 scalars, equal on all ranks.
+    """
+    norm = gradient_norm(optimizer, sums.device)
+    is_bad = is_not_finite(norm, sums)
+    for part in parts_of(optimizer):
+        if part.get_parameters():
+            limit = part.config.clip_grad
+            part.optimizer.decide(is_bad, (norm / limit).clamp(min=1.0) if limit > 0 else None)
     optimizer.step_with_ready_grads()
+    return norm, is_bad
+
+
+def count_skipped(optimizer: Any, steps: int) -> None:
+    """So many steps since the last call were left out: AdamW does not count them."""
+    for part in parts_of(optimizer):
+        if part.get_parameters():
+            part.optimizer.count_skipped(steps)
 
 
 def set_learning_rate(optimizer: Any, config: OptimizerConfig, rate: float) -> None:
@@ -97,15 +107,10 @@ def set_learning_rate(optimizer: Any, config: OptimizerConfig, rate: float) -> N
 
 def reset_optimizer_state(optimizer: Any) -> None:
     """Forget the moments and the step count, as at the start of training; master weights stay."""
-    for part in _parts(optimizer):
+    for part in parts_of(optimizer):
         for state in part.optimizer.state.values():
             state["exp_avg"].zero_()
             state["exp_avg_sq"].zero_()
         for group in part.optimizer.param_groups:
             if "step" in group:
                 group["step"] = 0 * group["step"]
-
-
-def _parts(optimizer: Any) -> list[Any]:
-    """The optimizers that megatron has chained, or the only one."""
-    return getattr(optimizer, "chained_optimizers", [optimizer])

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,23 @@ from megatron_ext.errors import UserError, warn
 
 FILE = "skipped_steps.jsonl"
 """Each line: the step (from 0 on), the half-open range of its samples, and its micro-batches with a loss that is not finite."""
+
+
+@dataclass(frozen=True)
+class SkippedStep:
+    """A step of this rank as it is written down."""
+
+    step: int
+    """From 0 on."""
+    samples: list[range]
+    """Of each micro-batch."""
+    objectives: list[str]
+    """Of each micro-batch."""
+
+    @classmethod
+    def of(cls, data: StepData) -> "SkippedStep":
+        """Without the tokens."""
+        return cls(data.step, data.samples, [batch.objective.name for batch in data.micro_batches])
 
 
 class SkippedSteps:
@@ -32,11 +50,11 @@ class SkippedSteps:
         """A step was finite."""
         self.in_a_row = 0
 
-    def skip(self, data: StepData, losses: list[float], gradient_norm: float) -> None:
+    def skip(self, skipped: SkippedStep, losses: list[float], gradient_norm: float) -> None:
         """A step was skipped: rank 0 writes it down; all ranks call it together.
 
         Args:
-            data: this rank's micro-batches.
+            skipped: this rank's micro-batches.
             losses: sum of the losses of each of them on the last pipeline stage, else empty.
             gradient_norm: global norm.
 
@@ -45,16 +63,16 @@ class SkippedSteps:
         """
         self.in_a_row += 1
         own = [
-            {"samples": [samples.start, samples.stop], "objective": batch.objective.name, "loss": repr(loss)}
-            for batch, samples, loss in zip(data.micro_batches, data.samples, losses, strict=False)
+            {"samples": [samples.start, samples.stop], "objective": objective, "loss": repr(loss)}
+            for objective, samples, loss in zip(skipped.objectives, skipped.samples, losses, strict=False)
             if not math.isfinite(loss)
         ]
         everything: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everything, (data.samples, own))
+        torch.distributed.all_gather_object(everything, (skipped.samples, own))
         samples = [index for ranges, _ in everything for part in ranges for index in part]
         offenders = {batch["samples"][0]: batch for _, batches in everything for batch in batches}
         record = {
-            "step": data.step,
+            "step": skipped.step,
             "gradient_norm": repr(gradient_norm),
             "samples": [min(samples), max(samples) + 1],
             "offending_micro_batches": [offenders[first] for first in sorted(offenders)],
@@ -64,7 +82,7 @@ class SkippedSteps:
         if self.in_a_row > self._limit:
             raise UserError(
                 f"the loss or the gradients of {self.in_a_row} steps in a row were not finite (training.max_skipped_steps "
-                f"{self._limit}), the last one at step {data.step + 1}; {self._path} names their samples; a lower "
+                f"{self._limit}), the last one at step {skipped.step + 1}; {self._path} names their samples; a lower "
                 "optimizer.learning_rate or a longer warmup usually helps"
             )
 

@@ -103,10 +103,6 @@ class Sums:
             self.tokens += batch.input_ids.numel()
             self.attended += attended_length(batch.segment_lengths, batch.causal, batch.keys and batch.keys.lengths)
 
-    def are_finite(self) -> bool:
-        """Whether all losses are; waits for the device."""
-        return not self.batch_losses or bool(torch.isfinite(torch.stack(self.batch_losses)).all())
-
     def without_losses(self) -> "Sums":
         """What a skipped step adds up to: its tokens were computed, and nothing was learned from them."""
         return Sums(self.device, tokens=self.tokens, attended=self.attended)

@@ -1,7 +1,6 @@
 """The training run: set up, loop, and what happens between steps."""
 
 import functools
-import math
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -33,7 +32,7 @@ from megatron_ext.train.folder_lock import held_by_this_run
 from megatron_ext.train.metrics import Counters, SpeedMeter, peak_flops, step_flops
 from megatron_ext.train.optimizer import (
     build_optimizer,
-    gradient_norm,
+    count_skipped,
     learning_rate,
     reset_optimizer_state,
     set_learning_rate,
@@ -47,10 +46,11 @@ from megatron_ext.train.saves import Saves
 from megatron_ext.train.saving import CheckpointSaver
 from megatron_ext.train.skipped import SkippedSteps
 from megatron_ext.train.start import INHERITED, Start, as_parent
-from megatron_ext.train.step import Sums, run_schedule
+from megatron_ext.train.step import run_schedule
 from megatron_ext.train.stopping import EXIT_HANG, EXIT_STOPPED, StopRequest
 from megatron_ext.train.tracking import Status, Trackers, build_trackers
 from megatron_ext.train.validation import validate
+from megatron_ext.train.window import Window
 
 SECONDS_AFTER_WATCHDOG = 60
 """The process groups give up this much later than the watchdog, which knows the culprit."""
@@ -256,23 +256,26 @@ class Trainer:
     def _loop(self, last: int) -> None:
         plan, config = self.setup.plan, self.setup.config
         self.speed.start()
-        window, window_steps = Sums(self.setup.backend.device), 0
+        window = Window(self.setup.backend.device)
         for data in self.loader.prefetch(self.step, last):
             phase = plan.phase_at(data.step)
             if phase.resets_optimizer and data.step == phase.start_step:
                 reset_optimizer_state(self.optimizer)
             rate = learning_rate(config.optimizer, plan, data.step)
             set_learning_rate(self.optimizer, config.optimizer, rate)
-            sums, norm = self.train_step(data)
-            window.merge(sums)
-            window_steps += 1
+            self.train_step(data, window)
             self.step = data.step + 1
             ends = self.is_stopping or self.step == last
             saves = ends or self.saves.is_due(self.step)
-            if saves or is_due(self.step, config.training.log_interval):
-                self._read(window, window_steps, {"learning_rate": rate, "gradient_norm": norm})
-                window, window_steps = Sums(self.setup.backend.device), 0
-            if self.step in (phase.end_step, last) or (is_due(self.step, config.validation.interval) and not self.is_stopping):
+            logs = saves or is_due(self.step, config.training.log_interval)
+            is_regular = is_due(self.step, config.validation.interval) and not self.is_stopping
+            validates = is_regular or self.step in (phase.end_step, last)
+            if logs or validates:
+                self._settle(window)
+            if logs:
+                self._log(window, rate)
+                window = Window(self.setup.backend.device)
+            if validates:
                 self._validate()
             if saves:
                 self._save(ends)
@@ -280,11 +283,12 @@ class Trainer:
                 return
             self.watchdog.mark(f"waiting for the data of step {self.step + 1}")
 
-    def train_step(self, data: StepData) -> tuple[Sums, float]:
+    def train_step(self, data: StepData, window: Window) -> None:
         """Forward, backward and, if loss and gradients are finite on all ranks, update over this rank's micro-batches.
 
-        Returns:
-            This rank's sums, and the global gradient norm before clipping.
+        Args:
+            data: the micro-batches.
+            window: takes what the step comes to; nothing here waits for the device to know it.
         """
         mark = functools.partial(self.watchdog.mark, f"running step {data.step + 1}")
         if self.batch_log:
@@ -293,34 +297,33 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = run_schedule(self.chunks, data.micro_batches, self.setup.tokens_per_batch, self.setup.backend.device, False, mark)
-        norm = gradient_norm(self.optimizer)
-        is_bad = not (math.isfinite(norm) and sums.are_finite())
-        is_bad, self.is_stopping, is_writing = self.agreement.any(is_bad, self.stop.came, self.saves.is_writing)
-        if is_bad:
-            self.counters.skipped_steps += 1
-            self.skipped.skip(data, [float(loss) for loss in sums.batch_losses], norm)
-            sums = sums.without_losses()
-        else:
-            self.skipped.good()
-            update(self.optimizer, norm)
-        end_step(self.chunks, was_taken=not is_bad)
+        norm, is_bad = update(self.optimizer, sums)
+        window.add(data, sums, norm, is_bad)
+        end_step(self.chunks, is_bad)
+        self.is_stopping, is_writing = self.agreement.any(self.stop.came, self.saves.is_writing)
         with self.speed.pause():
             self.saves.collect(is_writing)
-        return sums, norm
 
-    def _read(self, window: Sums, steps: int, metrics: dict[str, float]) -> None:
+    def _settle(self, window: Window) -> None:
+        """Learn how the steps went; waits for the device."""
+        skipped = window.settle(self.skipped)
+        self.counters.skipped_steps += skipped
+        count_skipped(self.optimizer, skipped)
+
+    def _log(self, window: Window, rate: float) -> None:
         """Sum the window up over the ranks, count it and log it."""
-        sums = window.reduce()
+        sums = window.sums.reduce()
         flops = step_flops(self.setup.encoder, self.setup.vocab_size, sums)
-        self.counters.add(sums, steps * self.setup.config.training.global_batch_size, flops)
+        self.counters.add(sums, window.steps * self.setup.config.training.global_batch_size, flops)
         phase = self.setup.plan.phase_at(self.step - 1)
         predicted = sum(sums.predicted.values())
         losses = {"loss": sum(sums.losses.values()) / predicted} if predicted else {}
         metrics = {
             **losses,
             **{f"loss/{name}": loss for name, loss in sums.mean_losses().items()},
-            **metrics,
-            **self.speed.read(sums, flops, steps),
+            "learning_rate": rate,
+            "gradient_norm": window.gradient_norm,
+            **self.speed.read(sums, flops, window.steps),
             **{f"total/{name}": value for name, value in self.counters.as_dict().items()},
             "phase_index": phase.index,
         }

@@ -62,9 +62,9 @@ def run_training(trees: list[dict[str, Any]]) -> list[list[list[tuple[str, bool]
     seen: list[list[list[tuple[str, bool]]]] = []
     forward, step = EncoderModel.forward, Trainer.train_step
 
-    def watched_step(self: Any, batches: Any) -> Any:
+    def watched_step(self: Any, *args: Any) -> Any:
         seen[-1].append([])
-        return step(self, batches)
+        return step(self, *args)
 
     def watched_forward(self: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():

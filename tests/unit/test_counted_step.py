@@ -24,8 +24,6 @@ MICRO_BATCHES = 3
 OBJECTIVES = ("mlm", "clm")
 CALLS_PER_MICRO_BATCH, CALLS_PER_STEP = 490, 45
 BYTES_PER_MICRO_BATCH = 25 * 10**6
-WAITS_PER_STEP = 3
-"""One of megatron's, which asks whether any token was predicted, and two for the gradients' norm, which decides about the step."""
 WAITS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique"}
 """Operators whose result the host must wait for."""
 VIEWS = {"view", "slice", "transpose", "t", "detach", "alias", "split", "unsqueeze", "squeeze", "expand", "select", "_unsafe_view"}
@@ -145,7 +143,7 @@ def test_a_step_is_not_longer_than_it_was(counted: dict[str, tuple[Counts, Count
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_the_host_waits_a_fixed_number_of_times_a_step(counted: dict[str, tuple[Counts, Counts]], objective: str) -> None:
+def test_the_host_never_waits_for_the_device_in_a_step(counted: dict[str, tuple[Counts, Counts]], objective: str) -> None:
     one, several = counted[objective]
-    assert sum(one.waits.values()) <= WAITS_PER_STEP
+    assert not one.waits and not several.waits
     assert one.waits == several.waits

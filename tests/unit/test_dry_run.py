@@ -82,6 +82,7 @@ def save_for_real(folder: str) -> None:
     from megatron_ext.train.build import build_model, wrap_model
     from megatron_ext.train.checkpoint import sharded_state
     from megatron_ext.train.optimizer import build_optimizer, update
+    from megatron_ext.train.step import Sums
 
     config = config_of(**REAL)
     structure, backend = check_structure(config, 2, ON_CPU), ON_CPU
@@ -89,8 +90,7 @@ def save_for_real(folder: str) -> None:
         bare = build_model(structure.encoder, VOCAB_SIZE, structure.layout, backend, torch.bfloat16, 0)
         chunks = wrap_model(bare, structure.layout)
         optimizer = build_optimizer(config.optimizer, chunks, torch.bfloat16, True)
-        optimizer.prepare_grads()
-        update(optimizer, 0.0)
+        update(optimizer, Sums(backend.device))
         dist_checkpointing.save(sharded_state(bare, optimizer, is_loading=False), folder)
 
 

@@ -192,7 +192,7 @@ def test_delayed_scales_come_from_the_largest_values_of_past_steps(one_rank: Any
             for result, product in zip(found, (x @ w.T, g @ w, g.T @ x), strict=True):
                 assert np.abs(result - product).max() <= 2**-8 * np.abs(product).max()
             seen = [max(a, float(np.abs(b).max())) for a, b in zip(seen, (inputs, weight, gradient), strict=True)]
-        end_step([linear], was_taken=True)
+        end_step([linear], torch.tensor(0.0))
         past.append(seen)
         assert linear.emulated_amax_history[0].tolist() == seen
     assert linear.emulated_amax_history.tolist() == past[:-5:-1]
@@ -208,12 +208,12 @@ def test_only_steps_that_are_taken_enter_the_history(one_rank: Any) -> None:
     run(linear, inputs * 3, gradient)
     linear.train()
     run(linear, inputs * 2, gradient)
-    end_step([linear], was_taken=False)
+    end_step([linear], torch.tensor(1.0))
     assert not linear.emulated_amax_history.any()
     run(linear, inputs, gradient)
     with torch.no_grad():
         linear(torch.from_numpy(inputs).bfloat16()[:, None])
-    end_step([linear], was_taken=True)
+    end_step([linear], torch.tensor(0.0))
     assert linear.emulated_amax_history.count_nonzero() == 3
     assert linear.emulated_amax_history[0, 0] == float(np.abs(inputs).max())
 
@@ -242,7 +242,7 @@ def train_steps(tensor: int, sequence: bool, recipe: str) -> dict[str, np.ndarra
     from megatron_ext.runtime.backend import choose_backend
     from megatron_ext.runtime.topology import check_layout, initialize
     from megatron_ext.train.build import build_model, wrap_model
-    from megatron_ext.train.optimizer import build_optimizer, gradient_norm, update
+    from megatron_ext.train.optimizer import build_optimizer, update
     from megatron_ext.train.step import run_schedule
 
     ranks = torch.distributed.get_world_size()
@@ -262,11 +262,10 @@ def train_steps(tensor: int, sequence: bool, recipe: str) -> dict[str, np.ndarra
         numbers = range(step * batches_in_all + data, (step + 1) * batches_in_all, layout.data)
         batches = [make_batch(number, "mlm", True, 128) for number in numbers]
         sums = run_schedule(chunks, batches, 128 * SAMPLES, backend.device, False)
-        norm = gradient_norm(optimizer)
-        update(optimizer, norm)
-        end_step(chunks, was_taken=True)
+        norm, is_bad = update(optimizer, sums)
+        end_step(chunks, is_bad)
         losses.append(sums.reduce().mean_losses()["mlm"])
-        results[f"norm {step}"] = np.array(norm)
+        results[f"norm {step}"] = norm.numpy()
     results["losses"] = np.array(losses)
     for name, buffer in bare[0].named_buffers():
         if name.endswith("amax_history"):

@@ -10,6 +10,7 @@ from megatron_ext.evaluation.tasks import find_task
 from megatron_ext.model.flops import training_flops
 from megatron_ext.model.presets import PRESETS
 from megatron_ext.study.accounting import Accountant
+from megatron_ext.study.local_run import cores_of
 from megatron_ext.study.models import Model, Part, models_of, step_cost
 from megatron_ext.study.overview import render
 from megatron_ext.study.segment_run import segment_runs
@@ -191,3 +192,11 @@ def test_the_tool_predicts_gpu_hours() -> None:
     assert done.code == 0, done.err
     assert "38 models" in done.out and "GPU-hours" in done.out
     refusal(run_tool("tools/run_study.py", "plan", "nowhere.yaml"), "nowhere.yaml: there is no such file")
+
+
+def test_jobs_share_no_core() -> None:
+    """Nor is one left over; with more jobs than cores every job has one."""
+    for jobs in range(1, 9):
+        parts = [cores_of(slot, jobs, {2, 3, 5, 7, 11}) for slot in range(jobs)]
+        assert set().union(*parts) == {2, 3, 5, 7, 11} and min(map(len, parts)) >= 1
+        assert sum(map(len, parts)) == max(5, jobs)
