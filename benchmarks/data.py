@@ -27,7 +27,7 @@ from megatron_ext.errors import CommandLine, run_command
 
 PROCESSES = 2
 CORPUS = "boolq_passages"
-COPIES = 48
+COPIES = 96
 """Files with the corpus (7.9 MB): enough work to hide how long two processes take to start."""
 VOCAB_SIZE = 8192
 DOCUMENTS, LONGEST = 10_000_000, 400
@@ -81,21 +81,17 @@ def prepare(folder: Path) -> None:
     text = folder / f"{CORPUS}.jsonl"
     for number in range(COPIES):
         (folder / f"copy{number}.jsonl").write_bytes(text.read_bytes())
-    write_index(folder / "many", DOCUMENTS)
+    write_documents(folder / "many", DOCUMENTS)
 
 
-def write_index(prefix: Path, documents: int) -> None:
+def write_documents(prefix: Path, documents: int) -> None:
     """A Megatron data set of made-up documents: its index is real, its tokens are a hole in a file, all zero."""
-    from megatron_ext.data.dataset import INDEX_HEADER, INDEX_MAGIC
+    from megatron_ext.data.index_file import token_dtype, write_index
 
-    lengths = np.random.default_rng(0).integers(1, LONGEST, documents, dtype=np.int32)
-    ends = np.cumsum(lengths, dtype=np.int64)
-    with open(f"{prefix}.idx", "wb") as file:
-        file.write(INDEX_HEADER.pack(INDEX_MAGIC, 1, 8, documents, documents + 1))  # 8 are ids of two bytes
-        for part in (lengths, (ends - lengths) * 2, np.arange(documents + 1)):
-            part.tofile(file)
+    lengths, dtype = np.random.default_rng(0).integers(1, LONGEST, documents, dtype=np.int32), token_dtype(VOCAB_SIZE)
+    write_index(f"{prefix}.idx", lengths, dtype)
     with open(f"{prefix}.bin", "wb") as file:
-        file.truncate(int(ends[-1]) * 2)
+        file.truncate(int(lengths.sum(dtype=np.int64)) * dtype.itemsize)
 
 
 def _in_own_process(kind: str, folder: Path) -> dict[str, Any]:

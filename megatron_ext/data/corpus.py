@@ -6,13 +6,11 @@ A document is one sequence of the index.
 """
 
 import functools
-import gc
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -21,8 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import numpy as np
-
+from megatron_ext.data.index_file import join, writing_documents
 from megatron_ext.data.readers import (
     ReaderSettings,
     Reject,
@@ -34,11 +31,11 @@ from megatron_ext.data.readers import (
 )
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.errors import UserError
-from megatron_ext.runtime.compiler import leave_out_compiler
-from megatron_ext.runtime.quick_start import without_garbage_collection
 
 FORMAT_VERSION = 1
 HASHING_THREADS = 8
+BATCH_RECORDS, BATCH_CHARACTERS = 256, 2**20
+"""Tokenized in one call, at most."""
 SHARD_ENDINGS = (".bin", ".idx", ".rejects.jsonl", ".json")  # the last one says that the shard is finished
 
 
@@ -243,7 +240,7 @@ def _results(tasks: dict[int, tuple[_Job, dict]], workers: int | None) -> Iterat
             yield index, _make_shard(*task)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_indexed_dataset) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
         futures = {pool.submit(_make_shard, *task): index for index, task in tasks.items()}
         try:
             for future in as_completed(futures):
@@ -277,21 +274,21 @@ def _make_shard(job: _Job, identity: dict) -> Counts:
     """Tokenize one input file and publish its shard."""
     tokenizer = _worker_tokenizer(job.tokenizer)
     aside = f"{job.shard}.{os.getpid()}"
-    builder = _builder(f"{aside}.bin", tokenizer)
     counts = Counts()
-    with open(f"{aside}.rejects.jsonl", "w", encoding="ascii") as stream:
+    output = writing_documents(aside, tokenizer.vocab_size, job.eos_id)
+    with output as write, open(f"{aside}.rejects.jsonl", "w", encoding="ascii") as stream:
         rejects = RejectList(stream)
-        for record in read_documents(job.source, job.reader):
-            if not isinstance(record, Reject):
-                ids = tokenizer.encode_array(record[1])
-                if len(ids):
-                    ids = ids if job.eos_id is None else np.append(ids, job.eos_id)
-                    builder.add_document(ids, [len(ids)])
-                    counts.documents, counts.tokens = counts.documents + 1, counts.tokens + len(ids)
-                    continue
-                record = Reject(record[0], "empty_text", ascii(record[1][:100]))  # nothing but what the tokenizer drops
-            rejects.add(job.source, record)
-    builder.finalize(f"{aside}.idx")
+        for records in _batches(read_documents(job.source, job.reader)):
+            ids_of_texts = iter(tokenizer.encode_batch([record[1] for record in records if not isinstance(record, Reject)]))
+            documents = []
+            for record in records:
+                if isinstance(record, Reject):
+                    rejects.add(job.source, record)
+                elif len(ids := next(ids_of_texts)):
+                    documents.append(ids)
+                else:  # nothing but what the tokenizer drops
+                    rejects.add(job.source, Reject(record[0], "empty_text", ascii(record[1][:100])))
+            counts.documents, counts.tokens = counts.documents + len(documents), counts.tokens + write(documents)
     if _state(job.source) != job.state:
         raise UserError(f"input {job.source}: changed while it was read (run again when nobody writes to it)")
     counts = counts + Counts(rejected=rejects.counts)
@@ -303,33 +300,24 @@ def _make_shard(job: _Job, identity: dict) -> Counts:
     return counts
 
 
-def _builder(path: str, tokenizer: Tokenizer):
-    indexed_dataset = _indexed_dataset()
-    return indexed_dataset.IndexedDatasetBuilder(path, dtype=indexed_dataset.DType.optimal_dtype(tokenizer.vocab_size))
-
-
-@functools.cache
-def _indexed_dataset():
-    """Megatron's module, imported in half the time, and without warnings about packages that tokenizing has no use for."""
-    leave_out_compiler()
-    with warnings.catch_warnings(), without_garbage_collection():
-        warnings.simplefilter("ignore", UserWarning)
-        from megatron.core.datasets import indexed_dataset
-    return indexed_dataset
+def _batches(records: Iterator[tuple[int, str] | Reject]) -> Iterator[list[tuple[int, str] | Reject]]:
+    """Records in their order, so many at a time that what is done once for them costs little; a few megabytes."""
+    batch: list[tuple[int, str] | Reject] = []
+    characters = 0
+    for record in records:
+        batch.append(record)
+        characters += 0 if isinstance(record, Reject) else len(record[1])
+        if len(batch) == BATCH_RECORDS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _join(jobs: list[_Job], prefix: Path, rejects_path: Path, tokenizer: Tokenizer, info: DatasetInfo) -> None:
     """Join the shards aside and publish them, the sidecar last."""
     aside = f"{prefix}.shards/joined"
-    builder = _builder(f"{aside}.bin", tokenizer)
-    gc.freeze()  # megatron collects garbage after each shard, which takes long with torch's many objects in view
-    try:
-        for job in jobs:
-            builder.add_index(job.shard)
-    finally:
-        gc.unfreeze()
-    builder.finalize(f"{aside}.idx")
-    sums = {ending: _identity(Path(aside + ending))["sha256"] for ending in (".bin", ".idx")}
+    sums = join((job.shard for job in jobs), aside, tokenizer.vocab_size)
     _write_json(Path(f"{aside}.json"), asdict(replace(info, sha256=sums)))
     for ending in (".bin", ".idx"):
         os.replace(aside + ending, f"{prefix}{ending}")

@@ -5,7 +5,6 @@ Sample i is found without replaying what came before: the epoch is i // samples 
 """
 
 import hashlib
-import struct
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,15 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_ext.config import DataSource
+from megatron_ext.data.index_file import INDEX_HEADER, INDEX_MAGIC, TOKEN_TYPES
 from megatron_ext.errors import UserError
 from megatron_ext.objective import DOCUMENT_STREAM, random_generator
-
-INDEX_MAGIC = b"MMIDIDX\x00\x00"
-INDEX_HEADER = struct.Struct("<9sQBQQ")
-"""Magic, version, dtype code, number of sequences, number of documents and one."""
-
-TOKEN_TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-"""Megatron's dtype codes that can hold token ids."""
 
 BLEND_PERIOD = 2**16
 """Samples after which the pattern of a blend repeats; weights are kept to one part in this."""

@@ -39,7 +39,7 @@ def read_index(path: Path) -> Index:
     """
     from megatron.core.datasets.indexed_dataset import DType
 
-    from megatron_ext.data.dataset import INDEX_MAGIC
+    from megatron_ext.data.index_file import INDEX_MAGIC
 
     try:
         size = path.stat().st_size
