@@ -22,7 +22,7 @@ SCALE = 20.0
 
 
 class Embedder(torch.nn.Module):
-    """Mean-pooled hidden states; for pairs the loss of sentence-transformers (van den Oord et al., arXiv 1807.03748)."""
+    """Mean-pooled hidden states; with queries, the loss of sentence-transformers (van den Oord et al., arXiv 1807.03748)."""
 
     def __init__(self, encoder: Any):
         from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -31,35 +31,43 @@ class Embedder(torch.nn.Module):
         self.encoder = encoder
         self._ranking_loss = [MultipleNegativesRankingLoss(None, scale=SCALE)]  # in a list: no part of this model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, pairs: Tensor | None = None) -> dict[str, Tensor]:
-        """[b, s] ids -> vectors [b, h]; with `pairs` the first half are queries, the second their documents."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        vectors = mean_pool(hidden, attention_mask)
-        if pairs is None:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, query_ids: Tensor | None = None, query_mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """[b, s] ids -> vectors [b, h]; with queries, short as they are and apart, also the loss: query n belongs to text n."""
+        vectors = self._embed(input_ids, attention_mask)
+        if query_ids is None:
             return {"logits": vectors}
-        queries, documents = vectors.float().chunk(2)
-        return {"loss": self._ranking_loss[0].compute_loss_from_embeddings([queries, documents], None)}
+        pairs = [self._embed(query_ids, query_mask).float(), vectors.float()]
+        return {"logits": vectors, "loss": self._ranking_loss[0].compute_loss_from_embeddings(pairs, None)}
+
+    def _embed(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return mean_pool(hidden, attention_mask)
 
 
 def train_retriever(
     run: "FinetuneRun", task: "Task", examples: Examples, tokenizer: Any, backbone: Any, device: Any
 ) -> tuple[tuple[Score, Score], list[float]]:
     """Train on pairs, rank the documents of each split."""
-    encode = partial(tokenizer, truncation=True, max_length=task.max_length, return_token_type_ids=False)
-    pad_one = partial(pad, pad_id=tokenizer.pad_token_id)
+    collate_one = partial(pad, pad_id=tokenizer.pad_token_id)
+
+    def encode(texts: list[str]) -> list[Feature]:
+        encoded = tokenizer(texts, truncation=True, max_length=task.max_length, return_token_type_ids=False)
+        return [{name: encoded[name][n] for name in ("input_ids", "attention_mask")} for n in range(len(texts))]
 
     def embed(texts: list[str]) -> Tensor:
-        encoded = encode(texts)
-        features = [{name: encoded[name][n] for name in ("input_ids", "attention_mask")} for n in range(len(texts))]
-        return torch.from_numpy(np.stack(predict(model, features, run.settings.batch_size, device, pad_one)))
+        return torch.from_numpy(np.stack(predict(model, encode(texts), run.settings.batch_size, device, collate_one)))
 
-    def collate(rows: list[Feature]) -> dict[str, Any]:
-        encoded = encode([row["query"] for row in rows] + [row["positive"] for row in rows])
-        features = [{name: encoded[name][n] for name in ("input_ids", "attention_mask")} for n in range(2 * len(rows))]
-        return {**pad_one(features), "pairs": torch.ones(())}
+    def collate(pairs: list[Feature]) -> dict[str, Any]:
+        queries = collate_one([pair["query"] for pair in pairs])
+        texts = collate_one([{name: pair[name] for name in ("input_ids", "attention_mask")} for pair in pairs])
+        return {**texts, "query_ids": queries["input_ids"], "query_mask": queries["attention_mask"]}
 
+    texts, queries = (encode([row[name] for row in examples.train]) for name in ("positive", "query"))
+    pairs = [{**text, "query": query} for text, query in zip(texts, queries, strict=True)]
     model = Embedder(backbone).to(device)
-    losses = train_loop(model, examples.train, run.settings, run.learning_rate, run.seed, device, collate)
+    losses = train_loop(model, pairs, run.settings, run.learning_rate, run.seed, device, collate)
     validation, test = (_rank(embed, rows) for rows in (examples.validation, examples.test))
     return (validation, test), losses
 

@@ -89,7 +89,7 @@ PACKAGED = (
     Task(name="boolq", family="sc", max_length=192),
     Task(name="entity_tweets", family="tc", max_length=64),
     Task(name="disfl_qa", family="qa", max_length=256),
-    Task(name="boolq_retrieval", family="ir", max_length=128),
+    Task(name="boolq_retrieval", family="ir", max_length=64),
 )
 
 TASKS = {task.name: task for task in (*PAPER, *PACKAGED)}

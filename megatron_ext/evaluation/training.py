@@ -10,6 +10,8 @@ from megatron_ext.evaluation.backbone import Attention
 from megatron_ext.evaluation.encoding import Feature
 
 WARMUP_SHARE = 0.1
+BATCHES_SORTED = 8
+"""Rows of so many batches are sorted by length before they are cut into batches, which then hold less padding."""
 WEIGHT_DECAY, CLIP = 0.1, 1.0
 
 
@@ -43,21 +45,39 @@ def count_steps(rows: int, settings: Settings) -> int:
     return max(1, min(settings.max_steps, rows // settings.batch_size))
 
 
+def make_batches(lengths: list[int], settings: Settings, seed: int) -> list[np.ndarray]:
+    """The rows of every step: in random order, each at most once, those of a batch of like length.
+
+    Args:
+        lengths: of the training rows.
+        settings: batch size and steps.
+        seed: of the order.
+    """
+    generator, size = np.random.default_rng(seed), settings.batch_size
+    steps = count_steps(len(lengths), settings)
+    order = generator.permutation(len(lengths))[: steps * size]
+    batches: list[np.ndarray] = []
+    for first in range(0, len(order), BATCHES_SORTED * size):
+        stretch = order[first : first + BATCHES_SORTED * size]
+        stretch = stretch[np.argsort(np.array(lengths)[stretch], kind="stable")]
+        parts = [stretch[start : start + size] for start in range(0, len(stretch), size)]
+        batches += [parts[number] for number in generator.permutation(len(parts))]
+    return batches
+
+
 def train_loop(
-    model: Any, features: list[Any], settings: Settings, learning_rate: float, seed: int, device: Any, collate: Any
+    model: Any, features: list[Feature], settings: Settings, learning_rate: float, seed: int, device: Any, collate: Any
 ) -> list[float]:
     """AdamW with a linear warm-up and decay over shuffled rows; the loss of every step."""
     import torch
     from transformers import get_linear_schedule_with_warmup
 
-    steps, size = count_steps(len(features), settings), settings.batch_size
+    batches = make_batches([len(feature["input_ids"]) for feature in features], settings, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
-    schedule = get_linear_schedule_with_warmup(optimizer, round(WARMUP_SHARE * steps), steps)
-    order = np.random.default_rng(seed).permutation(len(features))
+    schedule = get_linear_schedule_with_warmup(optimizer, round(WARMUP_SHARE * len(batches)), len(batches))
     model.train()
     losses = []
-    for step in range(steps):
-        chosen = order[step * size : (step + 1) * size]
+    for chosen in batches:
         with _numbers(device):
             loss = model(**_to(collate([features[index] for index in chosen]), device))["loss"]
         optimizer.zero_grad(set_to_none=True)

@@ -18,7 +18,7 @@ from megatron_ext.evaluation.finetune import FinetuneRun, finetune
 from megatron_ext.evaluation.heads import SequenceClassifier, SpanFinder, TokenClassifier, mean_pool
 from megatron_ext.evaluation.retrieval import SCALE, Embedder
 from megatron_ext.evaluation.tasks import Task, find_task
-from megatron_ext.evaluation.training import Settings
+from megatron_ext.evaluation.training import Settings, make_batches
 from tests.unit.processes import refusal, run_tool
 
 
@@ -106,7 +106,28 @@ def test_retrieval_loss_is_infonce_over_the_batch(small_encoder: Path) -> None:
     vectors = torch.nn.functional.normalize(embedder(**rows)["logits"], dim=-1)
     logits = SCALE * vectors[:3] @ vectors[3:].t()
     expected = torch.nn.functional.cross_entropy(logits, torch.arange(3))
-    torch.testing.assert_close(embedder(**rows, pairs=torch.ones(()))["loss"], expected)
+    texts = {name: tensor[3:] for name, tensor in rows.items()}
+    queries = {"query_ids": rows["input_ids"][:3], "query_mask": rows["attention_mask"][:3]}
+    torch.testing.assert_close(embedder(**texts, **queries)["loss"], expected)
+
+
+def test_batches_hold_every_row_once_and_little_padding() -> None:
+    generator = np.random.default_rng(1)
+    lengths = generator.integers(5, 60, 1_000).tolist()
+    batches = make_batches(lengths, Settings(batch_size=32), seed=3)
+    assert [len(batch) for batch in batches] == [32] * 31
+    rows = np.concatenate(batches)
+    assert len(set(rows.tolist())) == 31 * 32
+    padded, plain = (
+        sum(max(lengths[row] for row in batch) * len(batch) for batch in parts)
+        for parts in (batches, np.split(generator.permutation(1_000)[: 31 * 32], 31))
+    )
+    assert sum(lengths[row] for row in rows) <= padded < 0.7 * plain
+    means = [np.mean([lengths[row] for row in batch]) for batch in batches]
+    assert abs(np.corrcoef(means, np.arange(31))[0, 1]) < 0.5, "short and long batches take turns"
+    again, other = (make_batches(lengths, Settings(batch_size=32), seed=seed) for seed in (3, 4))
+    assert all((a == b).all() for a, b in zip(batches, again, strict=True))
+    assert any((a != b).any() for a, b in zip(batches, other, strict=True))
 
 
 # Whole runs
