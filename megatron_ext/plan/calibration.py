@@ -104,7 +104,7 @@ def render(rows: Sequence[Row], constants: Constants) -> list[str]:
         median, worst = error_summary(rows, use)
         count = sum(row.use == use for row in rows)
         lines.append(f"{use}: {count} rows, median error {100 * median:.1f} %, worst {100 * worst:.1f} %")
-    lines += ["", "this stack on one H100, s 2048, tokens/s (MFU against the bf16 peak): measured once, fitted to nothing", ""]
+    lines += ["", "this stack on one H100, s 2048, tokens/s (MFU against the bf16 peak): fitted to nothing", ""]
     lines.append(f"{'run':36}{'target':>12}{'measured':>20}{'predicted':>12}{'error':>9}")
     return lines + [_own_line(run, constants) for run in OWN_RUNS]
 
@@ -113,9 +113,7 @@ def _own_line(run: OwnRun, constants: Constants) -> str:
     prediction = run.predict(constants)
     name = f"{run.preset} {run.micro_batch_size} x {SEQUENCE} {run.objective} {run.recipe}"
     target = f"{run.target:,.0f}" if run.target else ""
-    measured, error = "not measured", ""
-    if run.measured:
-        mfu = run.measured * run.work.flops_per_token() / prediction.gpu.bf16_peak
-        measured = f"{run.measured:,.0f} ({100 * mfu:.1f} %)"
-        error = f"{100 * (prediction.tokens_per_second / run.measured - 1):+.1f}%"
+    mfu = run.measured * run.work.flops_per_token() / prediction.gpu.bf16_peak
+    measured = f"{run.measured:,.0f} ({100 * mfu:.1f} %)"
+    error = f"{100 * (prediction.tokens_per_second / run.measured - 1):+.1f}%"
     return f"{name:36}{target:>12}{measured:>20}{prediction.tokens_per_second:>12,.0f}{error:>9}"
