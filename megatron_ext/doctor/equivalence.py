@@ -267,6 +267,7 @@ def _run(trial: Trial, objective: str, layout: Any, backend: Any) -> list[dict[s
 def _step(trial: Trial, objective: str, step: int, bare: Any, wrapped: Any, optimizer: Any, device: Any) -> dict[str, Any]:
     from megatron_ext.doctor.small_model import SAMPLES, make_batch, sequence_length
     from megatron_ext.doctor.whole_tensors import own_share, whole_gradients
+    from megatron_ext.train.optimizer import update
     from megatron_ext.train.step import run_schedule
 
     length = sequence_length(trial.shape)
@@ -275,12 +276,13 @@ def _step(trial: Trial, objective: str, step: int, bare: Any, wrapped: Any, opti
     for chunk in wrapped:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    sums = run_schedule(wrapped, batches, SAMPLES * length, device, forward_only=False).reduce()
+    own_sums = run_schedule(wrapped, batches, SAMPLES * length, device, forward_only=False)
+    sums = own_sums.reduce()
     gradients = whole_gradients(bare, wrapped, trial.parallel.distributed_optimizer)
     predicted = sum(sums.predicted.values())
     return {
         "loss": sum(sums.losses.values()) / predicted,
         "predicted": predicted,
         "gradients": gradients,
-        "gradient_norm": float(optimizer.step()[1]),
+        "gradient_norm": float(update(optimizer, own_sums)[0]),
     }

@@ -107,7 +107,8 @@ def train_head(
     model = classes[task.family]().to(device)
     features = encode(tokenizer, examples.train, task.max_length)[0]
     collate = partial(pad, pad_id=tokenizer.pad_token_id)
-    losses = train_loop(model, features, run.settings, run.learning_rate, run.seed, device, collate)
+    lengths = [len(feature["input_ids"]) for feature in features]
+    losses = train_loop(model, features, lengths, run.settings, run.learning_rate, run.seed, device, collate)
     scores = []
     for rows in (examples.validation, examples.test):
         asked, places = encode(tokenizer, rows, task.max_length)

@@ -14,6 +14,8 @@ from megatron_ext.evaluation.finetune import FinetuneRun
 from megatron_ext.evaluation.tasks import find_task
 from megatron_ext.evaluation.training import Settings
 
+ALGORITHM = 2
+"""Counts up when fine-tuning comes to do something else with the same settings: what was run before is then run again."""
 PAPER_RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4]
 
 
@@ -107,6 +109,7 @@ def grid_runs(grid: Grid) -> list[GridRun]:
                 settings=settings,
             )
             told = {
+                "algorithm": ALGORITHM,
                 **asdict(run),
                 "name": name,
                 "model": print_of_model,

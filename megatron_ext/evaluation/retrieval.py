@@ -67,7 +67,8 @@ def train_retriever(
     texts, queries = (encode([row[name] for row in examples.train]) for name in ("positive", "query"))
     pairs = [{**text, "query": query} for text, query in zip(texts, queries, strict=True)]
     model = Embedder(backbone).to(device)
-    losses = train_loop(model, pairs, run.settings, run.learning_rate, run.seed, device, collate)
+    # Not by length: pairs of one text would meet in a batch, and each would be taught to be none of the other's.
+    losses = train_loop(model, pairs, [0] * len(pairs), run.settings, run.learning_rate, run.seed, device, collate)
     validation, test = (_rank(embed, rows) for rows in (examples.validation, examples.test))
     return (validation, test), losses
 

@@ -1,6 +1,7 @@
 """The loop of a fine-tuning run, and its settings."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,11 +46,11 @@ def count_steps(rows: int, settings: Settings) -> int:
     return max(1, min(settings.max_steps, rows // settings.batch_size))
 
 
-def make_batches(lengths: list[int], settings: Settings, seed: int) -> list[np.ndarray]:
+def make_batches(lengths: Sequence[int], settings: Settings, seed: int) -> list[np.ndarray]:
     """The rows of every step: in random order, each at most once, those of a batch of like length.
 
     Args:
-        lengths: of the training rows.
+        lengths: of the training rows; where all are the same, batches are at random.
         settings: batch size and steps.
         seed: of the order.
     """
@@ -66,13 +67,20 @@ def make_batches(lengths: list[int], settings: Settings, seed: int) -> list[np.n
 
 
 def train_loop(
-    model: Any, features: list[Feature], settings: Settings, learning_rate: float, seed: int, device: Any, collate: Any
+    model: Any,
+    features: list[Feature],
+    lengths: Sequence[int],
+    settings: Settings,
+    learning_rate: float,
+    seed: int,
+    device: Any,
+    collate: Any,
 ) -> list[float]:
-    """AdamW with a linear warm-up and decay over shuffled rows; the loss of every step."""
+    """AdamW with a linear warm-up and decay over batches of `make_batches`; the loss of every step."""
     import torch
     from transformers import get_linear_schedule_with_warmup
 
-    batches = make_batches([len(feature["input_ids"]) for feature in features], settings, seed)
+    batches = make_batches(lengths, settings, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, round(WARMUP_SHARE * len(batches)), len(batches))
     model.train()

@@ -1,12 +1,12 @@
 """Runs a study's tree on this machine: so many segments at once, each a run of its own; what is done is not done again."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,8 @@ class LocalRun:
                 command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
             )
         # A run takes all cores that it may use, and threads of two runs that wait for each other on the same cores hardly get on.
-        os.sched_setaffinity(process.pid, cores_of(slot, self.jobs, os.sched_getaffinity(0)))
+        with contextlib.suppress(OSError):  # it has ended already, or the cores have changed: then it is slow
+            os.sched_setaffinity(process.pid, cores_of(slot, self.jobs, os.sched_getaffinity(0)))
         return process
 
     def _end(self, going: _Going, done: set[str]) -> None:
@@ -134,7 +135,7 @@ class LocalRun:
             self.failed[run.name] = str(error)
             warn(f"segment {run.name}: {error}")
 
-    @contextmanager
+    @contextlib.contextmanager
     def _stopping(self) -> Iterator[None]:
         """A signal to the study is one to its segments, which save and end. It is noted, so that it finds no half-started one."""
 

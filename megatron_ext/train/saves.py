@@ -61,8 +61,12 @@ class Saves:
         Args:
             writers_at_work: some rank's writer is not done; the same on all ranks.
         """
-        if self.saver.is_open and not writers_at_work:
+        if self.can_publish(writers_at_work):
             self.finish()
+
+    def can_publish(self, writers_at_work: bool) -> bool:
+        """Whether `collect` would."""
+        return self.saver.is_open and not writers_at_work
 
     def finish(self, is_last: bool = False) -> None:
         """Wait for a save under way, and publish it."""

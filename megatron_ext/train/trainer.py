@@ -270,7 +270,7 @@ class Trainer:
             logs = saves or is_due(self.step, config.training.log_interval)
             is_regular = is_due(self.step, config.validation.interval) and not self.is_stopping
             validates = is_regular or self.step in (phase.end_step, last)
-            if logs or validates:
+            if logs or validates or window.is_full:
                 self._settle(window)
             if logs:
                 self._log(window, rate)
@@ -301,6 +301,8 @@ class Trainer:
         window.add(data, sums, norm, is_bad)
         end_step(self.chunks, is_bad)
         self.is_stopping, is_writing = self.agreement.any(self.stop.came, self.saves.is_writing)
+        if self.saves.can_publish(is_writing):
+            self._settle(window)  # or the time of steps that the device has yet to do would count as that of publishing
         with self.speed.pause():
             self.saves.collect(is_writing)
 

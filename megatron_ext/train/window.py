@@ -9,6 +9,9 @@ from megatron_ext.data.loader import StepData
 from megatron_ext.train.skipped import SkippedStep, SkippedSteps
 from megatron_ext.train.step import Sums
 
+MOST_UNSETTLED = 100
+"""Steps that are not looked at: what is kept of them, and how late too many skipped ones are noticed."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -37,6 +40,11 @@ class Window:
 
     def __post_init__(self) -> None:
         self.sums = Sums(self.device)
+
+    @property
+    def is_full(self) -> bool:
+        """Nobody has looked for so long that it is time."""
+        return len(self._unsettled) >= MOST_UNSETTLED
 
     def add(self, data: StepData, sums: Sums, gradient_norm: torch.Tensor, is_bad: torch.Tensor) -> None:
         """One more step. Waits for nothing."""

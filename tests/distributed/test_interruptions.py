@@ -104,7 +104,7 @@ def test_a_step_that_is_not_finite_is_skipped_by_all_ranks(parallel: dict[str, i
     assert [step for step, name in run.losses() if name == "loss"] == [1, 2, 4, 5, 6, 7, 8]
 
 
-@pytest.mark.parametrize("parallel", [{}, {"distributed_optimizer": True}], ids=["DP2", "DP2 distributed"])
+@pytest.mark.parametrize("parallel", [{"distributed_optimizer": True}, {"pipeline": 2}], ids=["DP2 distributed", "PP2"])
 def test_a_skipped_step_is_the_same_whenever_the_host_hears_of_it(parallel: dict[str, int], corpus: Corpus, tmp_path: Path) -> None:
     """It looks after every step, or not before the phase ends: what the steps after a bad one have come to is the same."""
     trees = [
@@ -115,11 +115,11 @@ def test_a_skipped_step_is_the_same_whenever_the_host_hears_of_it(parallel: dict
         for interval in (1, TOTAL)
     ]  # fmt: skip
     for tree in trees:
-        run_on_ranks(poisoned_training, 2, tree, [16, 32])
+        run_on_ranks(poisoned_training, 2, tree, [16, 48])
     often, seldom = (Run(Path(tree["output_dir"]), []) for tree in trees)
     files = [Path(tree["output_dir"]) / "skipped_steps.jsonl" for tree in trees]
     assert files[0].read_text() == files[1].read_text()
-    assert [json.loads(line)["step"] for line in files[0].read_text().splitlines()] == [1, 2]
+    assert [json.loads(line)["step"] for line in files[0].read_text().splitlines()] == [1, 3]
     assert often.shard_sums(TOTAL) == seldom.shard_sums(TOTAL)
     lines = [(run.folder / "metrics.jsonl").read_text().splitlines() for run in (often, seldom)]
     metrics = [json.loads([line for line in each if "gradient_norm" in line][-1]) for each in lines]

@@ -75,7 +75,7 @@ def _gradients(case: Case, bare: list[Any], wrapped: list[Any], objective: str, 
 
 def _train(case: Case, bare: list[Any], wrapped: list[Any]) -> dict[str, Any]:
     from megatron_ext.config import OptimizerConfig
-    from megatron_ext.train.optimizer import build_optimizer
+    from megatron_ext.train.optimizer import build_optimizer, update
     from megatron_ext.train.step import run_schedule
 
     config = OptimizerConfig(learning_rate=1e-2, epsilon=1e-3, clip_grad_norm=0.5)
@@ -85,8 +85,9 @@ def _train(case: Case, bare: list[Any], wrapped: list[Any]) -> dict[str, Any]:
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        run_schedule(wrapped, _batches("mixed", True, step), SAMPLES * SEQUENCE_LENGTH, torch.device("cpu"), forward_only=False)
-        norms.append(float(optimizer.step()[1]))
+        batches = _batches("mixed", True, step)
+        sums = run_schedule(wrapped, batches, SAMPLES * SEQUENCE_LENGTH, torch.device("cpu"), forward_only=False)
+        norms.append(float(update(optimizer, sums)[0]))
     return {"weights": gather(bare, lambda parameter: parameter.data), "norms": norms}
 
 
