@@ -54,7 +54,7 @@ test-gpu: install
 soak: install
 	$(BIN)/python -m tests.soak.run --output-dir build/soak
 
-# Speed beside the alternatives and the hardware's limits, in turns: 40 minutes on an idle machine. Results in build/bench.
+# Speed beside the alternatives and the hardware's limits, in turns: 36 minutes on an idle machine. Results in build/bench.
 bench: install
 	$(BIN)/python -m benchmarks --output-dir build/bench
 

@@ -1,4 +1,4 @@
-"""Every benchmark of speed, one after the other: what `make bench` runs. About 40 minutes on two cores, with nothing else running.
+"""Every benchmark of speed, one after the other: what `make bench` runs. 36 minutes on two cores, with nothing else running.
 
 python -m benchmarks --output-dir build/bench
 """

@@ -141,7 +141,7 @@ def draw(points: list[dict[str, Any]], path: Path) -> None:
         for point in found:
             note = f"{point['share_of_gemm']:.0%}"
             at = (point[key], point["tokens_per_second"])
-            speed.annotate(note, at, xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
+            speed.annotate(note, at, xytext=(7, 4), textcoords="offset points", fontsize=8)
         for axis in (speed, memory):
             axis.grid(visible=True, which="both", alpha=0.25)
             axis.margins(0.12, 0.2)
