@@ -154,11 +154,11 @@ def test_a_study_that_is_stopped_goes_on(corpus: Corpus, tmp_path: Path) -> None
     family = {
         "name": "long",
         "sizes": ["nano"],
-        "budgets": [200],
+        "budgets": [100],
         "plans": [{"stretches": [{"objective": "clm", "share": 0.1}, MLM]}],
     }
     study, output_dir = write_study(corpus, tmp_path, [family]), tmp_path / "out"
-    segment = "nano.clm-20.mlm0.4-198"
+    segment = "nano.clm-10.mlm0.4-98"
     metrics = output_dir / f"segments/{segment}/metrics.jsonl"
     process = subprocess.Popen(study_command("run", study, output_dir), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -169,11 +169,11 @@ def test_a_study_that_is_stopped_goes_on(corpus: Corpus, tmp_path: Path) -> None
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 2 and "stopped by SIGTERM: the same command goes on from here" in errors
     saved = [path.name for path in (metrics.parent / "checkpoints").glob("step_*")]
-    assert len(saved) == 1 and 20 < int(saved[0].removeprefix("step_")) < 198
+    assert len(saved) == 1 and 10 < int(saved[0].removeprefix("step_")) < 98
     assert "[~]" in call("status", study, output_dir)
     call("run", study, output_dir)
-    run_on_ranks(run_training, 1, [alone(study, tmp_path / "alone", [{**CLM, "steps": 20}, {**MLM, "steps": 180}])])
-    branch, step = last_checkpoint(output_dir, f"{segment}.mlm0.4-decay-200")
+    run_on_ranks(run_training, 1, [alone(study, tmp_path / "alone", [{**CLM, "steps": 10}, {**MLM, "steps": 90}])])
+    branch, step = last_checkpoint(output_dir, f"{segment}.mlm0.4-decay-100")
     assert branch.shard_sums(step) == Run(tmp_path / "alone", []).shard_sums(step)
 
 
