@@ -30,7 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--packages", default="build/data", help="where tools/fetch_demo_data.py puts its sets (default: build/data)"
     )
     parser.add_argument("--attention", choices=("bidirectional", "causal"), default="bidirectional")
-    parser.add_argument("--max-steps", type=int, default=1000, help="at most, and at most one pass (default: 1000)")
+    parser.add_argument("--max-steps", type=int, default=1000, help="at most (default: 1000)")
+    parser.add_argument("--max-passes", type=int, default=1, help="over the training rows, at most (default: 1)")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--threads", type=int, help="of a CPU (default: torch's)")
     parser.add_argument("--json", action="store_true", help="print plain values")
@@ -45,7 +46,7 @@ def _tasks() -> str:
 def main() -> int:
     """Do one run."""
     arguments = build_parser().parse_args()
-    for name in ("learning_rate", "max_steps", "batch_size", "threads"):
+    for name in ("learning_rate", "max_steps", "max_passes", "batch_size", "threads"):
         value = getattr(arguments, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be greater than 0")
@@ -60,6 +61,7 @@ def main() -> int:
         use_threads(arguments.threads)
     settings = Settings(
         max_steps=arguments.max_steps,
+        max_passes=arguments.max_passes,
         batch_size=arguments.batch_size,
         attention=arguments.attention,
         packages=arguments.packages,

@@ -33,6 +33,8 @@ class Grid:
     data: dict[str, str] = field(default_factory=dict)
     """Task -> own copy of its data."""
     max_steps: int = 1000
+    max_passes: int = 1
+    """Over the training rows; `max_steps` ends a run before."""
     batch_size: int = 32
     attention: str = "bidirectional"
     max_rows: int | None = None
@@ -53,7 +55,7 @@ class Grid:
             raise UserError("there are no models: give models, or models_dir")
         if self.attention not in ("bidirectional", "causal"):
             raise UserError(f"attention is {self.attention}: allowed are bidirectional and causal")
-        for name in ("max_steps", "batch_size", "max_rows", "max_test_rows"):
+        for name in ("max_steps", "max_passes", "batch_size", "max_rows", "max_test_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}: it must be at least 1")
@@ -89,6 +91,7 @@ def grid_runs(grid: Grid) -> list[GridRun]:
     """
     settings: Any = Settings(
         max_steps=grid.max_steps,
+        max_passes=grid.max_passes,
         batch_size=grid.batch_size,
         attention=grid.attention,  # type: ignore[arg-type]
         max_rows=grid.max_rows,

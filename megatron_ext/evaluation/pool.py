@@ -52,7 +52,9 @@ def run_all(function: Callable[[Any], Any], tasks: Sequence[Any], workers: int) 
         for number in range(min(workers, len(tasks))):
             hire(number)
         while waiting or any(worker.task is not None for worker in crew):
-            for worker in [worker for worker in crew if worker.task is None and waiting]:
+            for worker in crew:
+                if worker.task is not None or not waiting:
+                    continue
                 worker.task = waiting.pop()
                 with contextlib.suppress(OSError):  # it ended before it had anything to do: `_hear` says so
                     worker.connection.send(worker.task)

@@ -21,7 +21,8 @@ class Settings:
     """What all runs of a grid have in common; the paper's, unless said otherwise."""
 
     max_steps: int = 1000
-    """At most so many, and at most one pass over the training rows."""
+    max_passes: int = 1
+    """Over the training rows; a run ends with the last of them or with `max_steps`, whichever comes first."""
     batch_size: int = 32
     attention: Attention = "bidirectional"
     max_rows: int | None = None
@@ -42,12 +43,12 @@ def seed_everything(seed: int) -> None:
 
 
 def count_steps(rows: int, settings: Settings) -> int:
-    """One pass, or `max_steps` if that is less."""
-    return max(1, min(settings.max_steps, rows // settings.batch_size))
+    """All passes, or `max_steps` if that is less."""
+    return max(1, min(settings.max_steps, settings.max_passes * rows // settings.batch_size))
 
 
 def make_batches(lengths: Sequence[int], settings: Settings, seed: int) -> list[np.ndarray]:
-    """The rows of every step: in random order, each at most once, those of a batch of like length.
+    """The rows of every step: in random order, each at most once a pass, those of a batch of like length.
 
     Args:
         lengths: of the training rows; where all are the same, batches are at random.
@@ -56,7 +57,8 @@ def make_batches(lengths: Sequence[int], settings: Settings, seed: int) -> list[
     """
     generator, size = np.random.default_rng(seed), settings.batch_size
     steps = count_steps(len(lengths), settings)
-    order = generator.permutation(len(lengths))[: steps * size]
+    passes = [generator.permutation(len(lengths)) for _ in range(settings.max_passes)]
+    order = np.concatenate(passes)[: steps * size]
     batches: list[np.ndarray] = []
     for first in range(0, len(order), BATCHES_SORTED * size):
         stretch = order[first : first + BATCHES_SORTED * size]
