@@ -138,7 +138,7 @@ def predicted(case: Case) -> tuple[float, float]:
     from megatron_ext.runtime.topology import check_layout
 
     recipe: Any = case.recipe
-    run, encoder = OwnRun(case.preset, case.batch_size, case.objective, recipe, None, None), encoder_of(case.shape)
+    run, encoder = OwnRun(case.preset, case.batch_size, case.objective, recipe), encoder_of(case.shape)
     training = TrainingConfig(micro_batch_size=case.batch_size, global_batch_size=case.batch_size)
     layout, precision = check_layout(ParallelConfig(), training, encoder.num_layers, {}, 1), PrecisionConfig(recipe=recipe)
     memory = rank_memory(encoder, VOCABULARY, layout, training, precision, SEQUENCE, 0, run.work.predicted_share)

@@ -1,5 +1,6 @@
 """This stack's own speed on one H100: what was wanted, what the model predicts, and what `benchmarks.gpu` measured there."""
 
+import math
 from dataclasses import dataclass
 
 from megatron_ext.config import Recipe
@@ -21,9 +22,9 @@ class OwnRun:
     micro_batch_size: int
     objective: str
     recipe: Recipe
-    measured: float
-    """Tokens/s."""
-    measured_gib: float
+    measured: float = math.nan
+    """Tokens/s; not a number of a run that is yet to be measured."""
+    measured_gib: float = math.nan
     """Peak of torch's allocator."""
     target: float | None = None
     """Tokens/s, set by counting alone before anything was built."""
