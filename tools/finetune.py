@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--packages", default="build/data", help="where tools/fetch_demo_data.py puts its sets (default: build/data)"
     )
     parser.add_argument("--attention", choices=("bidirectional", "causal"), default="bidirectional")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="of products (default: bf16 on a GPU, fp32 on a CPU)")
     parser.add_argument("--max-steps", type=int, default=1000, help="at most (default: 1000)")
     parser.add_argument("--max-passes", type=int, default=1, help="over the training rows, at most (default: 1)")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -64,6 +65,7 @@ def main() -> int:
         max_passes=arguments.max_passes,
         batch_size=arguments.batch_size,
         attention=arguments.attention,
+        precision=arguments.precision,
         packages=arguments.packages,
     )
     run = FinetuneRun(

@@ -112,7 +112,7 @@ def train_head(
     scores = []
     for rows in (examples.validation, examples.test):
         asked, places = encode(tokenizer, rows, task.max_length)
-        logits = predict(model, asked, run.settings.batch_size, device, collate)
+        logits = predict(model, asked, run.settings, device, collate)
         scores.append(_score(task, logits, asked, places, rows, examples.labels))
     return (scores[0], scores[1]), losses
 

@@ -16,6 +16,8 @@ from megatron_ext.evaluation.training import Settings
 
 ALGORITHM = 2
 """Counts up when fine-tuning comes to do something else with the same settings: what was run before is then run again."""
+COUNTS = ("max_steps", "max_passes", "batch_size", "max_rows", "max_test_rows")
+"""Settings that a task may have of its own."""
 PAPER_RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4]
 
 
@@ -41,24 +43,33 @@ class Grid:
     """Training rows of a task, the first so many; null: all."""
     max_test_rows: int | None = None
     """Validation and test rows, the first so many."""
+    precision: str | None = None
+    """Of products: fp32, or bf16; null: bf16 on a GPU, fp32 on a CPU."""
     packages: str = "build/data"
     """Where `tools/fetch_demo_data.py` puts its sets."""
+    for_task: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Task -> what it has of its own: max_steps, max_passes, batch_size, max_rows or max_test_rows."""
 
     def __post_init__(self) -> None:
         for name in ("tasks", "learning_rates", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise UserError(f"{name} is {values}: it needs one value at least, and each once")
-        for task in (*self.tasks, *self.data):
+        for task in (*self.tasks, *self.data, *self.for_task):
             find_task(task)
         if not self.models and self.models_dir is None:
             raise UserError("there are no models: give models, or models_dir")
         if self.attention not in ("bidirectional", "causal"):
             raise UserError(f"attention is {self.attention}: allowed are bidirectional and causal")
-        for name in ("max_steps", "max_passes", "batch_size", "max_rows", "max_test_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
+        if self.precision not in (None, "fp32", "bf16"):
+            raise UserError(f"precision is {self.precision}: allowed are fp32 and bf16")
+        for where, values in {"": {name: getattr(self, name) for name in COUNTS}, **self.for_task}.items():
+            for name, value in values.items():
+                place = f"for_task.{where}.{name}" if where else name
+                if name not in COUNTS:
+                    raise UserError(f"{place}: allowed are {', '.join(COUNTS)}")
+                if value is not None and value < 1:
+                    raise UserError(f"{place} is {value}: it must be at least 1")
         if bad := [rate for rate in self.learning_rates if rate <= 0]:
             raise UserError(f"learning_rates has {bad[0]}: it must be greater than 0")
 
@@ -89,15 +100,6 @@ def grid_runs(grid: Grid) -> list[GridRun]:
     Raises:
         UserError: a model's folder is not there.
     """
-    settings: Any = Settings(
-        max_steps=grid.max_steps,
-        max_passes=grid.max_passes,
-        batch_size=grid.batch_size,
-        attention=grid.attention,  # type: ignore[arg-type]
-        max_rows=grid.max_rows,
-        max_test_rows=grid.max_test_rows,
-        packages=grid.packages,
-    )
     runs = []
     for name, folder in _models(grid).items():
         print_of_model = _print_of_model(name, folder)
@@ -109,7 +111,7 @@ def grid_runs(grid: Grid) -> list[GridRun]:
                 seed=seed,
                 data=grid.data.get(task),
                 source_data=grid.data.get(find_task(task).trained_on or ""),
-                settings=settings,
+                settings=_settings(grid, task),
             )
             told = {
                 "algorithm": ALGORITHM,
@@ -117,11 +119,17 @@ def grid_runs(grid: Grid) -> list[GridRun]:
                 "name": name,
                 "model": print_of_model,
                 **_about_task(grid, task),
-                "settings": {**asdict(settings), "packages": ""},
+                "settings": {**asdict(run.settings), "packages": ""},
             }
             key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
             runs.append(GridRun(name, run, key))
     return runs
+
+
+def _settings(grid: Grid, task: str) -> Settings:
+    counts = {name: getattr(grid, name) for name in COUNTS} | grid.for_task.get(task, {})
+    chosen: dict[str, Any] = {name: getattr(grid, name) for name in ("attention", "precision", "packages")}
+    return Settings(**counts, **chosen)
 
 
 def _about_task(grid: Grid, task: str) -> dict[str, Any]:

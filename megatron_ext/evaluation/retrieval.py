@@ -57,18 +57,16 @@ def train_retriever(
         return [{name: encoded[name][n] for name in ("input_ids", "attention_mask")} for n in range(len(texts))]
 
     def embed(texts: list[str]) -> Tensor:
-        return torch.from_numpy(np.stack(predict(model, encode(texts), run.settings.batch_size, device, collate_one)))
+        return torch.from_numpy(np.stack(predict(model, encode(texts), run.settings, device, collate_one)))
 
-    def collate(pairs: list[Feature]) -> dict[str, Any]:
-        queries = collate_one([pair["query"] for pair in pairs])
-        texts = collate_one([{name: pair[name] for name in ("input_ids", "attention_mask")} for pair in pairs])
+    def collate(rows: list[Row]) -> dict[str, Any]:
+        texts, queries = (collate_one(encode([row[name] for row in rows])) for name in ("positive", "query"))
         return {**texts, "query_ids": queries["input_ids"], "query_mask": queries["attention_mask"]}
 
-    texts, queries = (encode([row[name] for row in examples.train]) for name in ("positive", "query"))
-    pairs = [{**text, "query": query} for text, query in zip(texts, queries, strict=True)]
     model = Embedder(backbone).to(device)
+    rows = examples.train  # tokenized as they come: of a large set a run sees only some
     # Not by length: pairs of one text would meet in a batch, and each would be taught to be none of the other's.
-    losses = train_loop(model, pairs, [0] * len(pairs), run.settings, run.learning_rate, run.seed, device, collate)
+    losses = train_loop(model, rows, [0] * len(rows), run.settings, run.learning_rate, run.seed, device, collate)
     validation, test = (_rank(embed, rows) for rows in (examples.validation, examples.test))
     return (validation, test), losses
 

@@ -3,13 +3,14 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from megatron_ext.evaluation.backbone import Attention
 from megatron_ext.evaluation.encoding import Feature
 
+Precision = Literal["fp32", "bf16"]
 WARMUP_SHARE = 0.1
 BATCHES_SORTED = 8
 """Rows of so many batches are sorted by length before they are cut into batches, which then hold less padding."""
@@ -25,6 +26,8 @@ class Settings:
     """Over the training rows; a run ends with the last of them or with `max_steps`, whichever comes first."""
     batch_size: int = 32
     attention: Attention = "bidirectional"
+    precision: Precision | None = None
+    """Of the products; weights, sums and the optimizer are float32. None: bf16 on a GPU, fp32 on a CPU."""
     max_rows: int | None = None
     """Training rows, the first so many; None: all."""
     max_test_rows: int | None = None
@@ -88,7 +91,7 @@ def train_loop(
     model.train()
     losses = []
     for chosen in batches:
-        with _numbers(device):
+        with _numbers(device, settings):
             loss = model(**_to(collate([features[index] for index in chosen]), device))["loss"]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -99,16 +102,17 @@ def train_loop(
     return torch.stack(losses).float().tolist()
 
 
-def predict(model: Any, features: list[Feature], batch_size: int, device: Any, collate: Any) -> list[np.ndarray]:
+def predict(model: Any, features: list[Feature], settings: Settings, device: Any, collate: Any) -> list[np.ndarray]:
     """Logits of every feature, without padding; rows of like length are asked together."""
     import torch
 
     model.eval()
+    size = 4 * settings.batch_size
     order = np.argsort([len(feature["input_ids"]) for feature in features], kind="stable")
     found: list[Any] = [None] * len(features)
-    with torch.inference_mode(), _numbers(device):
-        for first in range(0, len(order), 4 * batch_size):
-            chosen = order[first : first + 4 * batch_size]
+    with torch.inference_mode(), _numbers(device, settings):
+        for first in range(0, len(order), size):
+            chosen = order[first : first + size]
             batch = collate([features[index] for index in chosen])
             inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
             logits = model(**inputs)["logits"].float().cpu().numpy()
@@ -117,11 +121,12 @@ def predict(model: Any, features: list[Feature], batch_size: int, device: Any, c
     return found
 
 
-def _numbers(device: Any) -> Any:
-    """bfloat16 products on a GPU, float32 elsewhere."""
+def _numbers(device: Any, settings: Settings) -> Any:
+    """Context of the precision that was asked for."""
     import torch
 
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+    precision = settings.precision or ("bf16" if device.type == "cuda" else "fp32")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def _to(batch: dict[str, Any], device: Any) -> dict[str, Any]:
