@@ -1,4 +1,4 @@
-"""The report of a grid of fine-tuning runs: one HTML page that needs nothing else, with PNG, CSV and Markdown beside it.
+"""The report of fine-tuning runs, of one or more grids: an HTML page that needs nothing else, and PNG, CSV and Markdown beside it.
 
 python tools/report_study.py build/grid --output-dir build/report
 python tools/report_study.py build/grid --study STUDY.yaml --output-dir build/report
@@ -14,7 +14,7 @@ from megatron_ext.errors import CommandLine, run_command, say
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("grid", type=Path, help="output folder of tools/run_grid.py")
+    parser.add_argument("grids", nargs="+", type=Path, metavar="GRID", help="output folders of tools/run_grid.py")
     parser.add_argument(
         "--study", metavar="FILE", help="study file that trained the models: plans, budgets and costs for the curves"
     )
@@ -30,10 +30,10 @@ def main() -> int:
     from megatron_ext.study.report import items_of, make_report, read_results
     from megatron_ext.study.study_file import read_study
 
-    rows = read_results(arguments.grid)
+    rows = read_results(arguments.grids)
     study = read_study(arguments.study) if arguments.study else None
-    title = arguments.title or (study.name if study else arguments.grid.name)
-    report = make_report(title, rows, facts_of(study) if study else [], items_of(arguments.grid))
+    title = arguments.title or (study.name if study else arguments.grids[0].name)
+    report = make_report(title, rows, facts_of(study) if study else [], items_of(arguments.grids))
     say(f"report: {report.write(arguments.output_dir)}")
     return 0
 

@@ -36,14 +36,11 @@ done
 train $here/adapt.yaml
 train $here/detour.yaml
 
-# Back to Hugging Face: the adapted models, and the decoder with its causal mask taken away, which no training has prepared it for.
+# Back to Hugging Face.
 export_once "$(newest adapted)" $out/adapted_hf
 export_once "$(newest detour)" $out/detour_hf
-export_once $out/imported $out/unmasked_hf --family eurobert
 
 # Before and after, on a real task.
-python $here/compare.py --output-dir $out/comparison --reviews build/data/rotten_tomatoes.jsonl \
-    --model "decoder, causal=$out/decoder_hf" \
-    --model "decoder, causal mask taken away=$out/unmasked_hf" \
-    --model "adapted with MLM=$out/adapted_hf" \
-    --model "adapted by the detour=$out/detour_hf"
+python tools/run_grid.py $here/causal_grid.yaml --output-dir $out/causal_grid
+python tools/run_grid.py $here/grid.yaml --output-dir $out/grid
+python tools/report_study.py $out/causal_grid $out/grid --title "A decoder becomes an encoder" --output-dir $out/report

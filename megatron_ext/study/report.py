@@ -16,15 +16,27 @@ from megatron_ext.study.report_page import Picture, Report, Table
 NEEDED = ("key", "model", "family", "task", "learning_rate", "seed", "validation", "test")
 
 
-def read_results(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a grid's table.
+def read_results(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """The rows of one or more grids.
 
     Raises:
-        UserError: there is none, or it has no rows.
+        UserError: one has no table, or no rows in it; or two have a run in common: a score must be of one grid.
     """
+    rows: list[dict[str, Any]] = []
+    before: dict[tuple[Any, ...], Path] = {}
+    for folder in folders:
+        for row in _read_table(folder / "results.parquet"):
+            run = tuple(row[name] for name in ("model", "task", "learning_rate", "seed"))
+            if run in before:
+                raise UserError(f"{before[run]} and {folder} both have a run of {run[0]} on {run[1]} at {run[2]:g}, seed {run[3]}")
+            before[run] = folder
+            rows.append(row)
+    return rows
+
+
+def _read_table(file: Path) -> list[dict[str, Any]]:
     import pyarrow.parquet
 
-    file = folder / "results.parquet"
     try:
         rows = pyarrow.parquet.read_table(file).to_pylist()
     except (OSError, ValueError) as error:
@@ -36,12 +48,13 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def items_of(folder: Path) -> Callable[[str], Any]:
+def items_of(folders: Sequence[Path]) -> Callable[[str], Any]:
     """Key of a run -> the scores of its test items."""
     import numpy as np
 
     def read(key: str) -> Any:
-        file = folder / "items" / f"{key}.npy"
+        files = [folder / "items" / f"{key}.npy" for folder in folders]
+        file = next((file for file in files if file.exists()), files[0])
         try:
             return np.load(file, allow_pickle=False)
         except (OSError, ValueError) as error:

@@ -143,6 +143,19 @@ def test_keys_are_those_of_what_a_run_depends_on(grid: Path, tmp_path: Path) -> 
     assert not set(keys) & {run.key for run in grid_runs(read_grid(str(tmp_path / "longer.yaml")))}
 
 
+def test_a_task_has_settings_of_its_own(grid: Path, tmp_path: Path) -> None:
+    """And those of the others, and their keys, stay what they were."""
+    tree = {**yaml.safe_load(grid.read_text()), "tasks": ["rotten_tomatoes", "boolq"], "max_steps": 7}
+    alike, apart = tmp_path / "alike.yaml", tmp_path / "apart.yaml"
+    alike.write_text(yaml.safe_dump(tree))
+    apart.write_text(yaml.safe_dump({**tree, "for_task": {"boolq": {"batch_size": 3, "max_passes": 2}}}))
+    before, after = (grid_runs(read_grid(str(file))) for file in (alike, apart))
+    for one, other in zip(before, after, strict=True):
+        own, settings = one.run.task == "boolq", other.run.settings
+        assert (settings.batch_size, settings.max_passes, settings.max_steps) == ((3, 2, 7) if own else (8, 1, 7))
+        assert (one.key != other.key) is own
+
+
 def test_four_tasks_from_grid_to_report(small_encoder: Path, tmp_path: Path) -> None:
     """The tools in a row, on every family of tasks."""
     tasks = {"boolq": "sc", "entity_tweets": "tc", "disfl_qa": "qa", "boolq_retrieval": "ir"}
@@ -151,11 +164,13 @@ def test_four_tasks_from_grid_to_report(small_encoder: Path, tmp_path: Path) -> 
     tree = {"models": {"one": str(small_encoder), "two": str(small_encoder)}, "tasks": list(tasks), "data": data, **settings}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(tree))
     subprocess.run(command(tmp_path / "grid.yaml", tmp_path / "out", "--mlflow-uri", "none"), check=True, timeout=300)
-    report = [sys.executable, str(ROOT / "tools/report_study.py"), str(tmp_path / "out"), "--output-dir", str(tmp_path / "report")]
+    report = [sys.executable, str(ROOT / "tools/report_study.py"), "--output-dir", str(tmp_path / "report"), str(tmp_path / "out")]
     subprocess.run(report, check=True, timeout=100)
     tests = pandas.read_csv(tmp_path / "report/tests.csv")
     assert set(tests["task"]) == set(tasks) and len(pandas.read_csv(tmp_path / "report/runs.csv")) == 32
     assert (tmp_path / "report/report.html").stat().st_size > 10_000
+    twice = subprocess.run([*report, str(tmp_path / "out")], capture_output=True, text=True, timeout=100)
+    assert twice.returncode == 2 and "both have a run of one on boolq at 0.003, seed 0" in twice.stderr
 
 
 @pytest.mark.parametrize(
@@ -167,6 +182,10 @@ def test_four_tasks_from_grid_to_report(small_encoder: Path, tmp_path: Path) -> 
         ({"models": {"one": "nowhere"}}, "model one: there is no config.json in nowhere"),
         ({"learning_rates": [-1.0]}, "learning_rates has -1.0"),
         ({"attention": "both"}, "attention is both"),
+        ({"precision": "fp8"}, "precision is fp8: allowed are fp32 and bf16"),
+        ({"for_task": {"glue": {}}}, "the task is 'glue'"),
+        ({"for_task": {"boolq": {"seed": 1}}}, "for_task.boolq.seed: allowed are max_steps, "),
+        ({"for_task": {"boolq": {"max_steps": 0}}}, "for_task.boolq.max_steps is 0: it must be at least 1"),
         ({"seed": [1]}, "seed is no key that is known"),
     ],
 )

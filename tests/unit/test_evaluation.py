@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from megatron_ext.evaluation.finetune import FinetuneRun, finetune
 from megatron_ext.evaluation.heads import SequenceClassifier, SpanFinder, TokenClassifier, mean_pool
 from megatron_ext.evaluation.retrieval import SCALE, Embedder
 from megatron_ext.evaluation.tasks import Task, find_task
-from megatron_ext.evaluation.training import Settings, make_batches
+from megatron_ext.evaluation.training import Settings, make_batches, predict, train_loop
 from tests.unit.processes import refusal, run_tool
 
 
@@ -131,6 +132,21 @@ def test_batches_hold_every_row_once_and_little_padding() -> None:
     again, other = (make_batches(lengths, Settings(batch_size=32), seed=seed) for seed in (3, 4))
     assert all((a == b).all() for a, b in zip(batches, again, strict=True))
     assert any((a != b).any() for a, b in zip(batches, other, strict=True))
+
+
+def test_products_are_bfloat16_where_asked_for_and_weights_never(small_encoder: Path) -> None:
+    """bfloat16 keeps 8 bits: logits of a small model are off by more than float32's rounding and by less than 2 %."""
+    head, device = TokenClassifier(load_backbone(small_encoder, "bidirectional"), 3), torch.device("cpu")
+    features = [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for ids in ([1, 2, 0], [0, 2, 1, 1])]
+    collate = partial(pad, pad_id=0)
+    exact = head.double()(**batch([[0, 2, 1, 1]]))["logits"][0].detach()
+    head.float()
+    for precision, low, high in (("fp32", 0.0, 1e-5), ("bf16", 1e-4, 2e-2)):
+        found = predict(head, features, Settings(precision=precision), device, collate)[1]
+        error = (torch.from_numpy(found).double() - exact).norm() / exact.norm()
+        assert low <= error < high, precision
+    train_loop(head, features, [3, 4], Settings(precision="bf16", batch_size=1, max_passes=2), 1e-3, 0, device, collate)
+    assert {parameter.dtype for parameter in head.parameters()} == {torch.float32}
 
 
 # Whole runs
