@@ -1,4 +1,4 @@
-"""A grid on a real Ray cluster of this machine, where Ray is installed (`pip install ray`): the rows are those of the local pool."""
+"""A grid on a real Ray of this machine, where it is installed (`pip install ray`): the rows are those of the local pool."""
 
 import os
 import subprocess
