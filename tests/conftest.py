@@ -1,10 +1,15 @@
 """A small real-looking corpus, tokenizer and data set, made once for all tests."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+# Read when torch is loaded, here and in what the tests start. By default threads that wait for each other keep their cores busy,
+# which other tests need.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @dataclass(frozen=True)
