@@ -1,6 +1,6 @@
 """The figures of a study: scores with their intervals, each made where the results have something to show."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ STYLES = ("-", "--", ":", "-.")
 WIDTH, HEIGHT, DPI = 4.2, 3.2, 120
 LEGEND_COLUMN = 5
 """Names below each other in a legend."""
+FEW = 6
+"""So many places at most are written below an axis of their own."""
 MANY = 8
 """So many models or more are told apart by their objective, not by name."""
 
@@ -139,7 +141,7 @@ def _lines(evidence: Evidence, series: dict[str, dict[str, list[Point]]], label:
             style = STYLES[number // len(COLORS) % len(STYLES)]
             axis.errorbar(across, means, yerr=widths, fmt=f"o{style}", color=color, capsize=3, label=name, markersize=4)
         if logarithmic:
-            _logarithmic(axis)
+            _logarithmic(axis, (place for points in series[family].values() for place, _ in points))
         axis.set_xlabel(label)
         axis.set_ylabel(f"{METRICS[family]}, %")
     _legend(figure, axes[0])
@@ -155,13 +157,16 @@ def _legend(figure: Any, axis: "Axes") -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=7)
 
 
-def _logarithmic(axis: "Axes") -> None:
-    """Named are the powers of ten alone, if there are two of them to be seen."""
+def _logarithmic(axis: "Axes", places: Iterable[float]) -> None:
+    """Named are the places themselves where they are few, else the powers of ten alone if there are two of them to be seen."""
     from matplotlib.ticker import NullFormatter
 
     axis.set_xscale("log")
     low, high = axis.get_xlim()
-    if high / low > 10:  # noqa: PLR2004
+    if len(own := sorted(set(places))) <= FEW:
+        axis.set_xticks(own, [f"{place:,.0f}" if place >= 1 else f"{place:.0e}".replace("e-0", "e-") for place in own])
+        axis.minorticks_off()
+    elif high / low > 10:  # noqa: PLR2004
         axis.xaxis.set_minor_formatter(NullFormatter())
     axis.tick_params(axis="x", which="both", labelsize=7)
 
@@ -251,7 +256,7 @@ def _cost(evidence: Evidence) -> Any:
                 means, widths = [100 * score.mean for score in scores], [_width(score) for score in scores]
                 name = CALLED[objective]
                 axis.errorbar(costs, means, yerr=widths, fmt="o", color=color, capsize=3, label=name)
-        _logarithmic(axis)
+        _logarithmic(axis, (evidence.facts[model].flops for model in finished))
         axis.set_xlabel("training FLOPs")
         axis.set_ylabel(f"{METRICS[family]}, %")
     _legend(figure, axes[0])
@@ -274,7 +279,7 @@ def _rates(evidence: Evidence) -> Any:
             name, color = _called(evidence, model, number, len(models))
             axis.plot(rates, means, "o-", color=color, label=None if name in told else name, markersize=3, linewidth=1)
             told.add(name)
-        _logarithmic(axis)
+        _logarithmic(axis, (rate for score in tasks for rate in score.by_rate if score.family == family))
         axis.set_xlabel("learning rate of the fine-tuning")
         axis.set_ylabel(f"{METRICS[family]}, %")
     _legend(figure, axes[0])

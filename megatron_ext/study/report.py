@@ -90,18 +90,19 @@ def make_report(title: str, rows: Sequence[dict[str, Any]], facts: Sequence[Fact
         _task_table(tasks),
         _run_table(rows),
     ]
-    return Report(title, _notes(rows, tasks), pictures, tables)
+    return Report(title, _notes(rows, tasks, facts), pictures, tables)
 
 
-def _notes(rows: Sequence[dict[str, Any]], tasks: Sequence[TaskScore]) -> list[str]:
+def _notes(rows: Sequence[dict[str, Any]], tasks: Sequence[TaskScore], facts: Sequence[Facts]) -> list[str]:
     models, seeds = {row["model"] for row in rows}, {row["seed"] for row in rows}
     names = sorted({score.task for score in tasks})
     rates = sorted({row["learning_rate"] for row in rows})
     hours = sum(row.get("seconds", 0.0) for row in rows) / 3600
     whole = len(models) * len(names) * len(rates) * len(seeds)
-    missing = (
-        [f"{whole - len(rows):,} runs of the grid are missing: they failed, or were not made yet."] if len(rows) < whole else []
-    )
+    gaps = [f"Runs of the grid that are missing, because they failed or were not made yet: {whole - len(rows):,}."]
+    missing = gaps if len(rows) < whole else []
+    if without := [each.name for each in facts if each.name not in models]:
+        missing.append(f"Models of the study without a run: {len(without)} ({', '.join(without)}).")
     return [
         *missing,
         f"{len(rows):,} fine-tuning runs: {len(models)} models, {len(names)} tasks ({', '.join(names)}), {len(rates)} "
