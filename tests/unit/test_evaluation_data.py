@@ -102,14 +102,14 @@ def test_entities_count_whole() -> None:
     labels = ("B-per", "I-per", "O")
     rows = [{"tokens": list("abcd"), "tags": ["B-per", "I-per", "O", "B-loc"]}]
     score = score_tags([np.eye(3)[[0, 1, 2, 2]]], [{0: 0, 1: 1, 2: 2, 3: 3}], rows, labels)
-    assert score.value == pytest.approx(2 / 3) and score.items.tolist() == [0.0]
+    assert score.value == pytest.approx(2 / 3) and score.items.tolist() == [[1.0, 1.0, 2.0]]
 
 
 def test_words_without_a_token_shift_no_guess() -> None:
     """The second word has none: it counts as outside, and those behind it keep their own."""
     rows = [{"tokens": ["a", "", "c", "d"], "tags": ["O", "O", "B-per", "O"]}]
     score = score_tags([np.eye(2)[[1, 0, 1]]], [{0: 0, 2: 1, 3: 2}], rows, ("B-per", "O"))
-    assert score.value == 1.0 and score.items.tolist() == [1.0]
+    assert score.value == 1.0 and score.items.tolist() == [[1.0, 1.0, 1.0]]
 
 
 def test_accuracy() -> None:
