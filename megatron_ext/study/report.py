@@ -20,16 +20,15 @@ def read_results(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """The rows of one or more grids.
 
     Raises:
-        UserError: one has no table, or no rows in it; or two have a run in common: a score must be of one grid.
+        UserError: one has no table, or no rows in it; or two have runs of one model on one task: a score is of one grid.
     """
     rows: list[dict[str, Any]] = []
-    before: dict[tuple[Any, ...], Path] = {}
+    before: dict[tuple[str, str], Path] = {}
     for folder in folders:
         for row in _read_table(folder / "results.parquet"):
-            run = tuple(row[name] for name in ("model", "task", "learning_rate", "seed"))
-            if run in before:
-                raise UserError(f"{before[run]} and {folder} both have a run of {run[0]} on {run[1]} at {run[2]:g}, seed {run[3]}")
-            before[run] = folder
+            pair = row["model"], row["task"]
+            if before.setdefault(pair, folder) is not folder:
+                raise UserError(f"{before[pair]} and {folder} both have runs of {pair[0]} on {pair[1]}: a score is of one grid")
             rows.append(row)
     return rows
 
@@ -141,8 +140,9 @@ def _tests(found: Sequence[Comparison]) -> Table:
         for each in found
     ]
     caption = (
-        "Paired t-tests over seeds (which say whether another seed would decide the same) and over test items (whether other "
-        "examples would); corrected by Benjamini and Hochberg over all comparisons of this table."
+        "Paired tests over seeds (which say whether another seed would decide the same) and over test items (whether other "
+        "examples would): t-tests, over the items of token classification randomization of sentences; corrected by Benjamini and "
+        "Hochberg over all comparisons of this table."
     )
     return Table("tests", "Every pair of models", head, rows, caption, folded=True)
 

@@ -1,12 +1,13 @@
 """Selection, aggregation, intervals and tests: against SciPy, by hand, and against the paper's own claims."""
 
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from megatron_ext.evaluation.comparison import compare, paired_p
+from megatron_ext.evaluation.comparison import compare, item_p, paired_p
 from megatron_ext.evaluation.selection import Score, family_scores, ranking, select
 
 
@@ -98,6 +99,36 @@ def test_what_does_not_vary_is_not_tested() -> None:
     assert paired_p([0.5], [0.4]) is None
     assert paired_p([0.5, 0.5], [0.5, 0.5]) is None
     assert paired_p([0.525, 0.625, 0.725], [0.5, 0.6, 0.7]) is None  # but for rounding
+
+
+def test_entities_are_tested_by_exchanging_sentences() -> None:
+    """Against all 2^10 ways of exchanging ten sentences between two models."""
+    generator = np.random.default_rng(4)
+    wanted = generator.integers(1, 4, 10)
+    one, other = (
+        np.stack([generator.binomial(wanted, share), wanted + generator.integers(0, 2, 10), wanted], 1) for share in (0.8, 0.4)
+    )
+
+    def gap(first: np.ndarray, second: np.ndarray) -> float:
+        scores = [2 * part[:, 0].sum() / (part[:, 1].sum() + part[:, 2].sum()) for part in (first, second)]
+        return abs(float(scores[0] - scores[1]))
+
+    ways = itertools.product((False, True), repeat=10)
+    gaps = [gap(*(np.where(np.array(way)[:, None], *pair) for pair in ((one, other), (other, one)))) for way in ways]
+    exact = np.mean([each >= gap(one, other) - 1e-12 for each in gaps])
+    assert 0.005 < exact < 0.5
+    found = item_p(one.astype(float), other.astype(float))
+    assert found == pytest.approx(exact, abs=4 * (exact * (1 - exact) / 10_000) ** 0.5)
+    assert item_p(one, one) is None and item_p(one, other[:-1]) is None
+
+
+def test_models_are_compared_on_the_seeds_that_both_have() -> None:
+    rows = [row("a", "t", 1e-4, seed, 0.5, 0.1 + 0.3 * (seed == 0) + 0.01 * seed) for seed in range(3)]
+    rows += [row("b", "t", 1e-4, seed, 0.5, 0.2 + 0.02 * seed) for seed in (1, 2)]
+    (found,) = compare(select(rows), None)
+    assert found.difference == pytest.approx(((0.11 - 0.22) + (0.12 - 0.24)) / 2)
+    assert found.over_seeds == pytest.approx(stats.ttest_rel([0.11, 0.12], [0.22, 0.24]).pvalue)
+    assert not compare(select([*rows[:1], *rows[3:]]), None), "no seed in common"
 
 
 PAPER = {
