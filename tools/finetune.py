@@ -53,6 +53,8 @@ def main() -> int:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be greater than 0")
     if not 0 <= arguments.seed < 2**32:
         raise UserError(f"--seed is {arguments.seed}: it must lie between 0 and 2^32 - 1")
+    if arguments.source_data and find_task(arguments.task).trained_on is None:
+        raise UserError(f"--source-data is of a transfer: {arguments.task} is trained on its own data")
     if not Path(arguments.model).is_dir():
         raise UserError(f"--model {arguments.model}: there is no such folder")
     from megatron_ext.evaluation.finetune import FinetuneRun, finetune, use_threads

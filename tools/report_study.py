@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_ext.errors import CommandLine, run_command, say
+from megatron_ext.errors import CommandLine, UserError, one_line, run_command, say
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,14 +27,18 @@ def main() -> int:
     """Read, draw, write."""
     arguments = build_parser().parse_args()
     from megatron_ext.study.facts import facts_of
-    from megatron_ext.study.report import items_of, make_report, read_results
+    from megatron_ext.study.report import items_of, make_report, read_missing, read_results
     from megatron_ext.study.study_file import read_study
 
     rows = read_results(arguments.grids)
+    missing = read_missing(arguments.grids, rows)
     study = read_study(arguments.study) if arguments.study else None
     title = arguments.title or (study.name if study else arguments.grids[0].name)
-    report = make_report(title, rows, facts_of(study) if study else [], items_of(arguments.grids))
-    say(f"report: {report.write(arguments.output_dir)}")
+    report = make_report(title, rows, facts_of(study) if study else [], items_of(arguments.grids), missing)
+    try:
+        say(f"report: {report.write(arguments.output_dir)}")
+    except OSError as error:
+        raise UserError(f"--output-dir {arguments.output_dir}: {one_line(error)}") from None
     return 0
 
 

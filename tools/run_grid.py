@@ -48,9 +48,8 @@ def main() -> int:
     from megatron_ext.evaluation.results import Results
 
     runs = grid_runs(read_grid(arguments.grid))
-    results = Results(arguments.output_dir)
     with only_one(arguments.output_dir, "grid"):
-        return _execute(arguments, runs, results, workers)
+        return _execute(arguments, runs, Results(arguments.output_dir), workers)
 
 
 def _execute(arguments: argparse.Namespace, runs: list[Any], results: Any, workers: int) -> int:

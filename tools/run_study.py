@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandLine)
     plan = commands.add_parser("plan", help="the tree of segments, and what it takes, shared and model by model")
     plan.add_argument("--gpus", type=int, metavar="N", help="predict GPU-hours on so many (default: none are predicted)")
-    plan.add_argument("--gpu", default="h100", metavar="G", help="a100, h100 (default), h200 or b200")
+    plan.add_argument("--gpu", metavar="G", help="of these: a100, h100 (default), h200 or b200")
     run = commands.add_parser("run", help="train what is not trained yet, and export the models")
     run.add_argument("--jobs", type=int, metavar="N", help="segments at once (default: 1); they share the cores, or the GPUs")
     run.add_argument("--ranks", type=int, metavar="N", help="processes of each segment (default: 1)")
@@ -58,11 +58,13 @@ def _plan(arguments: argparse.Namespace) -> int:
     from megatron_ext.study.segments import build_tree
     from megatron_ext.study.study_file import read_study
 
+    if arguments.gpu and not arguments.gpus:
+        raise UserError(f"--gpu {arguments.gpu} needs --gpus, the number of them")
     study = read_study(arguments.study)
     models = models_of(study)
     accountant = Accountant(study)
     if arguments.gpus:
-        accountant = Accountant(study, arguments.gpus, planner_seconds(study, arguments.gpus, find_gpu(arguments.gpu)))
+        accountant = Accountant(study, arguments.gpus, planner_seconds(study, arguments.gpus, find_gpu(arguments.gpu or "h100")))
     print("\n".join(render(models, build_tree(models), accountant)))
     return 0
 
@@ -104,11 +106,16 @@ def _status(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     from megatron_ext.study.exports import export
+    from megatron_ext.study.local_run import report_failures
 
+    failed = {}
     for run in _runs(arguments):
-        if run.is_done:
-            export(run, arguments.output_dir)
-    return 0
+        try:
+            if run.is_done:
+                export(run, arguments.output_dir)
+        except UserError as error:
+            failed[run.name] = str(error)
+    return report_failures(failed)
 
 
 COMMANDS = {"plan": _plan, "run": _run, "status": _status, "export": _export}

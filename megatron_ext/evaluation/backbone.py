@@ -47,7 +47,19 @@ def load_backbone(folder: Path, attention: Attention) -> Any:
         raise UserError(f"--model {folder} cannot be loaded: {one_line(error)}") from None
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"--model {folder}: its files lack {len(missing)} weights, such as {missing[0]}")
+    if attention == "bidirectional" and config.model_type not in TWINS and not _sees_both_ways(model):
+        raise UserError(f"--model {folder} is a {config.model_type} that sees only back, and none of {', '.join(sorted(TWINS))}")
     return model
+
+
+def _sees_both_ways(model: Any) -> bool:
+    """Whether what comes last is noticed by what comes first."""
+    import torch
+
+    model.eval()
+    with torch.no_grad():
+        first, other = (model(input_ids=torch.tensor([[5, 6, 7, last]])).last_hidden_state[0, 0] for last in (8, 9))
+    return not torch.allclose(first, other, rtol=1e-6, atol=1e-7)
 
 
 def _twin(config: Any, attention: Attention) -> Any:

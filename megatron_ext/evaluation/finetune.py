@@ -16,7 +16,7 @@ from megatron_ext.evaluation.retrieval import train_retriever
 from megatron_ext.evaluation.scores import Score, score_answers, score_labels, score_tags
 from megatron_ext.evaluation.sources import Examples, Row, load
 from megatron_ext.evaluation.tasks import Task, find_task
-from megatron_ext.evaluation.training import Settings, predict, seed_everything, train_loop
+from megatron_ext.evaluation.training import Precision, Settings, precision_on, predict, seed_everything, train_loop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +51,10 @@ class Outcome:
     """Mean over the last tenth of the steps."""
     steps: int
     seconds: float
+    precision: Precision
+    """Of the products: where none was asked for, that of the device."""
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, Any]:
         """All but the items."""
         return {name: value for name, value in vars(self).items() if name != "test_items"}
 
@@ -85,7 +87,9 @@ def finetune(run: FinetuneRun) -> Outcome:
     tail = losses[-max(1, len(losses) // 10) :]
     if not np.isfinite(tail).all():
         raise UserError(f"the loss of {run.task} at learning rate {run.learning_rate:g} is not finite any more")
-    return Outcome(validation.value, test.value, test.items, float(np.mean(tail)), len(losses), time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    precision = precision_on(device, run.settings)
+    return Outcome(validation.value, test.value, test.items, float(np.mean(tail)), len(losses), seconds, precision)
 
 
 def train_head(

@@ -1,6 +1,8 @@
 """Runs a grid: what is done is not done again, what fails is one run less, and every run is a row and an MLflow run."""
 
+import contextlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,9 +29,12 @@ def execute(runs: list[GridRun], results: Results, executor: Executor, track: Ca
         runs: of the grid.
         results: their folder.
         executor: `on_this_machine` or `on_a_cluster`.
-        track: called with the row of every run that ends well.
+        track: called with the row of every run that ended well, also of those that were done before.
     """
     left = [run for run in runs if not results.is_done(run)]
+    for run in runs:
+        if results.is_done(run):
+            track(results.row(run))
     failed, written = 0, time.monotonic()
     with tqdm(total=len(runs), initial=len(runs) - len(left), unit="run", desc="fine-tuning", disable=None) as bar:
         for done in executor(left):
@@ -88,24 +93,32 @@ def on_a_cluster(address: str, gpus_per_run: float) -> Executor:
 
 
 def mlflow_tracker(uri: str, name: str, folder: Path) -> Callable[[dict[str, Any]], None]:
-    """Makes each row a run below one of the grid's own. MLflow being down costs a warning and no result.
+    """Makes each row a run below one of the grid's own. MLflow being down costs a warning and no result; it is not asked again.
 
     Args:
         uri: of the tracking server.
         name: of the grid's run.
         folder: of the grid, which keeps the number of that run.
     """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # workers wait for who hears of their runs
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param
 
     try:
         client = MlflowClient(uri)
         parent = _parent_run(client, uri, name, folder)
+        told = _keys_below(client, parent)
     except Exception as error:  # whatever a server, a file or a network can say
         warn(f"MLflow at {uri} cannot be used ({type(error).__name__}): the grid goes on without it")
         return lambda row: None
 
+    is_up = True
+
     def track(row: dict[str, Any]) -> None:
+        nonlocal is_up
+        if not is_up or row["key"] in told:
+            return
         try:
             tags = {"mlflow.parentRunId": parent.info.run_id, "mlflow.runName": f"{row['model']} {row['task']}"}
             run = client.create_run(parent.info.experiment_id, tags=tags)
@@ -116,15 +129,30 @@ def mlflow_tracker(uri: str, name: str, folder: Path) -> Callable[[dict[str, Any
             client.log_batch(run.info.run_id, metrics=metrics, params=params)
             client.set_terminated(run.info.run_id)
         except Exception as error:
-            warn(f"MLflow at {uri} has not taken a run: {type(error).__name__}")
+            is_up = False
+            warn(f"MLflow at {uri} does not take runs any more ({type(error).__name__}): the next call of this grid sends the rest")
 
     return track
 
 
+def _keys_below(client: Any, parent: Any) -> set[str]:
+    """Of the runs that the server has."""
+    keys, token = set(), None
+    while True:
+        filters = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}' and attributes.status = 'FINISHED'"
+        found = client.search_runs([parent.info.experiment_id], filters, page_token=token)
+        keys |= {run.data.params["key"] for run in found}
+        token = found.token
+        if not token:
+            return keys
+
+
 def _parent_run(client: Any, uri: str, name: str, folder: Path) -> Any:
     """The grid's own run: the one it had before at this server, if it goes on."""
+    from mlflow.exceptions import MlflowException
+
     note = folder / "mlflow_run.json"
-    if note.exists():
+    with contextlib.suppress(OSError, ValueError, KeyError, MlflowException):  # no note, half a note, or a run that was deleted
         before = json.loads(note.read_text())
         if before["uri"] == uri:
             return client.get_run(before["run_id"])

@@ -70,6 +70,10 @@ class Grid:
                     raise UserError(f"{place}: allowed are {', '.join(COUNTS)}")
                 if value is not None and value < 1:
                     raise UserError(f"{place} is {value}: it must be at least 1")
+        if others := [task for task in self.for_task if task not in self.tasks]:
+            raise UserError(f"for_task has {others[0]}, which is not in tasks")
+        if wrong := [seed for seed in self.seeds if not 0 <= seed < 2**32]:
+            raise UserError(f"seeds has {wrong[0]}: it must lie between 0 and 2^32 - 1")
         if bad := [rate for rate in self.learning_rates if rate <= 0]:
             raise UserError(f"learning_rates has {bad[0]}: it must be greater than 0")
 

@@ -10,9 +10,9 @@ INIT_STD = 0.02
 
 
 def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
-    """[b, s, h], [b, s] -> [b, h]: the mean over the tokens that are there."""
+    """[b, s, h], [b, s] -> [b, h]: the mean over the tokens that are there; zero where there are none."""
     kept = attention_mask[..., None].to(hidden.dtype)
-    return (hidden * kept).sum(dim=1) / kept.sum(dim=1)
+    return (hidden * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1)
 
 
 class _Headed(torch.nn.Module):

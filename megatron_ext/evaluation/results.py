@@ -14,6 +14,8 @@ from megatron_ext.evaluation.grid_file import GridRun
 from megatron_ext.evaluation.tasks import find_task
 
 TABLE = "results.parquet"
+PLANNED = "planned.json"
+"""Key -> model, task, learning rate and seed of every run of the grid, done or not."""
 
 
 class Results:
@@ -31,6 +33,10 @@ class Results:
     def is_done(self, run: GridRun) -> bool:
         """Whether its outcome is there."""
         return self._file(run).exists()
+
+    def row(self, run: GridRun) -> dict[str, Any]:
+        """Of a run that is done."""
+        return json.loads(self._file(run).read_text())
 
     def _file(self, run: GridRun) -> Path:
         return self.folder / "runs" / f"{run.key}.json"
@@ -51,11 +57,14 @@ class Results:
         (self.folder / "failed" / f"{run.key}.json").write_text(json.dumps({**_inputs(run), "error": error}))
 
     def write_table(self, runs: list[GridRun]) -> Path:
-        """One row for each run that has an outcome, in the grid's order."""
+        """One row for each run that has an outcome, in the grid's order; and the list of all runs beside it."""
         import pyarrow
         import pyarrow.parquet
 
-        rows = [json.loads(self._file(run).read_text()) for run in runs if self.is_done(run)]
+        planned = {run.key: [run.model, run.run.task, run.run.learning_rate, run.run.seed] for run in runs}
+        with _aside(self.folder / PLANNED) as aside:
+            aside.write_text(json.dumps(planned))
+        rows = [self.row(run) for run in runs if self.is_done(run)]
         with _aside(self.folder / TABLE) as aside:
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), aside)
         return self.folder / TABLE

@@ -72,7 +72,10 @@ def train_retriever(
 
 
 def _rank(embed: Any, rows: list[Row]) -> Score:
-    """Every query against the documents of its split, each of which is there once."""
+    """Every query against the documents of its split, each of which is there once; rows of one query are its several answers."""
     documents = list(dict.fromkeys(row["positive"] for row in rows))
     places = {text: place for place, text in enumerate(documents)}
-    return score_ranking(embed([row["query"] for row in rows]), embed(documents), [places[row["positive"]] for row in rows])
+    relevant: dict[str, list[int]] = {}
+    for row in rows:
+        relevant.setdefault(row["query"], []).append(places[row["positive"]])
+    return score_ranking(embed(list(relevant)), embed(documents), list(relevant.values()))

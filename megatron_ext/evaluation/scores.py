@@ -72,7 +72,11 @@ def score_answers(logits: list[np.ndarray], windows: list[Window], rows: list[Ro
 
 
 def find_answers(logits: list[np.ndarray], windows: list[Window], rows: list[Row]) -> list[str]:
-    """Each question's best span over its windows; none where the first token is the better answer in all of them."""
+    """Each question's best span over its windows; none where the first token is the better answer in all of them.
+
+    As SQuAD's own scripts have it, a set whose questions all have an answer is always given one.
+    """
+    may_be_none = any(not row["answers"]["text"] for row in rows)
     best: list[tuple[float, str]] = [(-np.inf, "")] * len(rows)
     nothing = [np.inf] * len(rows)
     for scores, window in zip(logits, windows, strict=True):
@@ -87,23 +91,23 @@ def find_answers(logits: list[np.ndarray], windows: list[Window], rows: list[Row
                 value = float(scores[start, 0] + scores[end, 1])
                 if value > best[row][0]:
                     best[row] = value, rows[row]["context"][first[0] : last[1]]
-    return [text if value > none else "" for (value, text), none in zip(best, nothing, strict=True)]
+    return [text if value > none or not may_be_none else "" for (value, text), none in zip(best, nothing, strict=True)]
 
 
-def score_ranking(queries: Any, documents: Any, relevant: list[int]) -> Score:
+def score_ranking(queries: Any, documents: Any, relevant: list[list[int]]) -> Score:
     """ir: NDCG@10 (ir-measures), of documents ranked by cosine.
 
     Args:
         queries: [q, h] embeddings.
         documents: [d, h] embeddings.
-        relevant: [q] the document that answers each.
+        relevant: [q] the documents that answer each.
     """
     import ir_measures
     from sentence_transformers.util import semantic_search
 
     hits = semantic_search(queries, documents, top_k=min(DEPTH, len(documents)))
     run = {str(query): {str(hit["corpus_id"]): hit["score"] for hit in found} for query, found in enumerate(hits)}
-    wanted = {str(query): {str(document): 1} for query, document in enumerate(relevant)}
+    wanted = {str(query): {str(document): 1 for document in own} for query, own in enumerate(relevant)}
     measure = ir_measures.nDCG @ 10
     values = {int(metric.query_id): metric.value for metric in ir_measures.iter_calc([measure], wanted, run)}
     items = np.array([values.get(query, 0.0) for query in range(len(relevant))], dtype=np.float32)

@@ -19,6 +19,7 @@ from megatron_ext.evaluation.tasks import Task, find_task
 Row = dict[str, Any]
 SPLITS = ("train", "validation", "test")
 COLUMNS = {"sc": ("text", "label"), "tc": ("tokens", "tags"), "qa": ("question", "context", "answers"), "ir": ("query", "positive")}
+TEXTS = {"sc": ("text", "text_pair"), "tc": (), "qa": ("question", "context"), "ir": ("query", "positive")}
 TAG = re.compile(r"O|[BIES]-.+")
 KINDS = (".jsonl", ".csv", ".parquet", ".conll")
 CUT_SHARE, LARGEST_CUT = 10, 2000
@@ -77,6 +78,9 @@ def _splits(task: Task, data: Path | None, packages: Path) -> dict[str, list[Row
             raise UserError(f"task {task.name}: there is no {data}; run tools/fetch_demo_data.py --corpus {task.name}")
     found = _from_hub(task) if data is None else _from_folder(data) if data.is_dir() else _from_file(data)
     for split, rows in found.items():
+        pairs = sum("text_pair" in row for row in rows if isinstance(row, dict))
+        if task.family == "sc" and pairs not in (0, len(rows)):
+            raise UserError(f"task {task.name}: {pairs} of {len(rows)} rows of {_name(task, data)}, {split}, have a text_pair")
         for number, row in enumerate(rows, 1):
             if problem := problem_of(task.family, row):
                 raise UserError(f"task {task.name}: row {number} of {_name(task, data)}, {split}: {problem}")
@@ -89,10 +93,15 @@ def problem_of(family: str, row: Any) -> str | None:
         return "it is no object with columns"
     if missing := [name for name in COLUMNS[family] if name not in row]:
         return f"it lacks {', '.join(missing)}; it has {', '.join(map(str, row))}"
+    for name in TEXTS[family]:
+        if name in row and not (isinstance(row[name], str) and row[name].strip()):
+            return f"{name} is {row[name]!r}: it must be a text that says something"
+    if family == "sc" and row["label"] in (None, ""):
+        return f"label is {row['label']!r}"
     if family == "tc":
         tokens, tags = row["tokens"], row["tags"]
-        if not isinstance(tokens, list) or not isinstance(tags, list) or len(tokens) != len(tags):
-            return "tokens and tags must be lists of one length (JSONL, Parquet or CoNLL)"
+        if not isinstance(tokens, list) or not isinstance(tags, list) or len(tokens) != len(tags) or not tokens:
+            return "tokens and tags must be lists of one length, and not empty (JSONL, Parquet or CoNLL)"
         if wrong := [tag for tag in tags if not (isinstance(tag, str) and TAG.fullmatch(tag))]:
             return f"the tag {wrong[0]!r} is neither O nor like B-person or I-person"
     if family == "qa":
@@ -101,6 +110,8 @@ def problem_of(family: str, row: Any) -> str | None:
             return "answers must have text and answer_start (JSONL or Parquet)"
         if any(not isinstance(answers[name], list) for name in ("text", "answer_start")):
             return "text and answer_start of answers must be lists"
+        if len(answers["text"]) != len(answers["answer_start"]):
+            return "text and answer_start of answers must be of one length"
     return None
 
 
@@ -149,7 +160,10 @@ def read_rows(path: Path) -> Iterator[Row]:
         elif path.suffix == ".csv":
             csv.field_size_limit(LONGEST_FIELD)
             with open(path, encoding="utf-8", newline="") as file:
-                yield from csv.DictReader(file)
+                for number, row in enumerate(csv.DictReader(file), 1):
+                    if None in row or None in row.values():
+                        raise UserError(f"--data {path}: row {number} has more or fewer columns than the head")
+                    yield row
         elif path.suffix == ".parquet":
             import pyarrow.parquet
 

@@ -117,12 +117,16 @@ def predict(model: Any, features: list[Feature], settings: Settings, device: Any
     return found
 
 
+def precision_on(device: Any, settings: Settings) -> Precision:
+    """Of the products there."""
+    return settings.precision or ("bf16" if device.type == "cuda" else "fp32")
+
+
 def _numbers(device: Any, settings: Settings) -> Any:
-    """Context of the precision that was asked for."""
+    """Context of this precision."""
     import torch
 
-    precision = settings.precision or ("bf16" if device.type == "cuda" else "fp32")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision_on(device, settings) == "bf16")
 
 
 def _to(batch: dict[str, Any], device: Any) -> dict[str, Any]:

@@ -15,12 +15,17 @@ def export(run: SegmentRun, output_dir: Path) -> list[Path]:
     """Export what is evaluated of a finished segment, unless it was before: `<output_dir>/models/<name>`.
 
     Raises:
-        UserError: the export or its verification failed, or a checkpoint that is evaluated is not there.
+        UserError: of what was not exported, when all else is: the export or its verification failed, a checkpoint that is evaluated
+            is not there, or the folder was made of another segment.
     """
-    made, missing = [], []
+    made, missing, failed = [], [], []
     for name, checkpoint in run.exports():
         folder = output_dir / "models" / name
+        origin, source = folder.with_name(f".{name}.origin"), f"{run.name} {checkpoint.name}"
         if folder.exists():
+            before = origin.read_text() if origin.exists() else source
+            if before != source:
+                failed.append(f"{folder} was made of {before}, and is of {source} in this study: move it away")
             continue
         if not checkpoint.is_dir():
             missing.append(str(checkpoint))
@@ -30,9 +35,13 @@ def export(run: SegmentRun, output_dir: Path) -> list[Path]:
         command = [sys.executable, str(TOOL), "export", str(checkpoint), str(folder), "--family", FAMILY]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"the export of {name} ended with code {done.returncode}: {done.stderr.strip()[-500:]}")
+            failed.append(f"the export of {name} ended with code {done.returncode}: {done.stderr.strip()[-500:]}")
+            continue
+        origin.write_text(source)
         say(f"exported: {folder}")
         made.append(folder)
     if missing:
-        raise UserError(f"not there: {', '.join(missing)}; put into evaluation_steps after the segment had passed it")
+        failed.append(f"not there: {', '.join(missing)}; put into evaluation_steps after the segment had passed it")
+    if failed:
+        raise UserError("; ".join(failed))
     return made

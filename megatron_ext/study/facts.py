@@ -29,6 +29,8 @@ class Facts:
     flops: float
     is_finished: bool
     """It has decayed."""
+    leads_to: tuple[str, ...] = ()
+    """Of a checkpoint on the way: the finished models that it is on the way to."""
 
     @property
     def objective(self) -> str:
@@ -77,7 +79,12 @@ def _on_the_way(study: Study, path: tuple[Segment, ...], step: int) -> Facts:
         added_steps=0,
         flops=_flops(study, path[0].size, parts),
         is_finished=False,
+        leads_to=tuple(_models_below(path[-1])),
     )
+
+
+def _models_below(segment: Segment) -> list[str]:
+    return [model.name for model in segment.models] + [name for child in segment.children for name in _models_below(child)]
 
 
 def _plan(parts: Iterable[Part]) -> str:

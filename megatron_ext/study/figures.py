@@ -66,7 +66,7 @@ def draw_all(evidence: Evidence) -> Iterator[Named]:
         (
             "data_efficiency",
             "Data efficiency",
-            "Checkpoints on the way (not decayed) and finished models over steps.",
+            "Finished models, and the checkpoints on their way (not decayed), over steps.",
             _data_efficiency,
         ),
         (
@@ -186,8 +186,9 @@ def _series(evidence: Evidence, place: Place) -> dict[str, dict[str, list[Point]
 
 def _mask_ratio(evidence: Evidence) -> Any:
     def place(facts: Facts) -> tuple[str, float] | None:
-        if not facts.is_finished or facts.added_steps or facts.objective != "masked" or facts.ratio is None or " " in facts.plan:
+        if not facts.is_finished or facts.added_steps or not facts.plan.startswith("mlm") or " " in facts.plan:
             return None
+        assert facts.ratio is not None, "MLM has one"
         return f"{facts.size}, {facts.steps:,} steps", facts.ratio
 
     return _lines(evidence, _series(evidence, place), "share of the tokens that is masked")
@@ -197,11 +198,23 @@ def _data_efficiency(evidence: Evidence) -> Any:
     if all(facts.is_finished for facts in evidence.facts.values()):
         return None
 
-    def place(facts: Facts) -> tuple[str, float] | None:
-        share = f", {facts.causal_share:.0%} CLM" if facts.objective == "both" and facts.causal_share is not None else ""
-        return None if facts.added_steps else (f"{facts.size} {facts.plan}{share}", facts.steps)
+    series: dict[str, dict[str, list[Point]]] = {}
+    for family in evidence.shown:
+        scores = {model: score for (model, other), score in evidence.families.items() if other == family}
+        lines: dict[str, dict[str, Point]] = {}
+        for end in evidence.facts.values():
+            if end.is_finished and not end.added_steps:
+                way = [known for known in evidence.facts.values() if known is end or end.name in known.leads_to]
+                points = {known.name: (float(known.steps), scores[known.name]) for known in way if known.name in scores}
+                lines.setdefault(_line_of(end), {}).update(points)
+        series[family] = {name: list(points.values()) for name, points in lines.items()}
+    return _lines(evidence, series, "steps", logarithmic=True)
 
-    return _lines(evidence, _series(evidence, place), "steps", logarithmic=True)
+
+def _line_of(end: Facts) -> str:
+    """Models of one objective share a trunk whatever their budget; of two, the step at which the second begins is their own."""
+    share = "" if end.causal_share is None else f", {end.causal_share:.0%} CLM"
+    return f"{end.size} {end.plan}" + (f"{share}, {end.steps:,} steps" if end.objective == "both" else "")
 
 
 def _split(evidence: Evidence) -> Any:
@@ -214,7 +227,8 @@ def _split(evidence: Evidence) -> Any:
     for size, steps, ratio in sorted(both):
 
         def place(facts: Facts) -> tuple[str, float] | None:
-            fits = (facts.size, facts.steps) == (size, steps) and facts.ratio in (ratio, None)  # noqa: B023
+            plans = ("clm", f"mlm{ratio:g}", f"clm > mlm{ratio:g}")  # noqa: B023
+            fits = (facts.size, facts.steps) == (size, steps) and facts.plan in plans  # noqa: B023
             if not fits or facts.causal_share is None or not facts.is_finished or facts.added_steps:
                 return None
             return f"{size}, {steps:,} steps, MLM {ratio:g}", facts.causal_share  # noqa: B023
@@ -225,16 +239,21 @@ def _split(evidence: Evidence) -> Any:
 
 
 def _continued(evidence: Evidence) -> Any:
-    starts = {_start(facts) for facts in evidence.facts.values() if facts.added_steps}
+    pairs = {(_start(facts), facts.plan.split(" + ")[1]) for facts in evidence.facts.values() if facts.added_steps}
+    series: dict[str, dict[str, list[Point]]] = {}
+    for start, added in sorted(pairs, key=str):
 
-    def place(facts: Facts) -> tuple[str, float] | None:
-        if not facts.is_finished or _start(facts) not in starts:
-            return None
-        size, plan, steps, share = _start(facts)
-        first = f", {share:.0%} CLM" if share and share < 1 else ""
-        return f"{size} {plan}{first} of {steps:,} steps", facts.added_steps
+        def place(facts: Facts) -> tuple[str, float] | None:
+            goes_on = not facts.added_steps or facts.plan.split(" + ")[1] == added  # noqa: B023
+            if not facts.is_finished or _start(facts) != start or not goes_on:  # noqa: B023
+                return None
+            size, plan, steps, share = start  # noqa: B023
+            first = f", {share:.0%} CLM" if share and share < 1 else ""
+            return f"{size} {plan}{first} of {steps:,} steps, then {added}", facts.added_steps  # noqa: B023
 
-    return _lines(evidence, _series(evidence, place), "steps added")
+        for family, own in _series(evidence, place).items():
+            series.setdefault(family, {}).update(own)
+    return _lines(evidence, series, "steps added")
 
 
 def _start(facts: Facts) -> tuple[str, str, int, float | None]:

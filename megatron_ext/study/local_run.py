@@ -31,6 +31,8 @@ class _Going:
     process: subprocess.Popen
     slot: int
     """Which of the jobs' places it has."""
+    log_start: int
+    """Bytes that earlier attempts have printed."""
 
 
 @dataclass
@@ -96,7 +98,8 @@ class LocalRun:
             elif len(self.going) < self.jobs and (parent is None or parent in done):
                 run.write_config()
                 slot = min(set(range(self.jobs)) - {each.slot for each in self.going})
-                self.going.append(_Going(run, self._launch(run, slot, devices), slot))
+                log_start = run.log_file.stat().st_size if run.log_file.exists() else 0
+                self.going.append(_Going(run, self._launch(run, slot, devices), slot, log_start))
             else:
                 left.append(run)
         return left
@@ -123,7 +126,7 @@ class LocalRun:
             done.add(run.name)
             self._export(run)
             return
-        why = f"ended with code {code}: {last_line(run.log_file)}"
+        why = f"ended with code {code}: {last_line(run.log_file, going.log_start)}"
         self.failed[run.name] = why
         warn(f"segment {run.name} {why} ({run.log_file})")
 
@@ -170,9 +173,11 @@ def cores_of(slot: int, jobs: int, cores: set[int]) -> set[int]:
     return set(ordered[slot::jobs]) or {ordered[slot % len(ordered)]}
 
 
-def last_line(log: Path) -> str:
-    """Of what a run printed: where it says why it ended."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+def last_line(log: Path, start: int) -> str:
+    """Of what a run printed from this byte on: where it says why it ended."""
+    with open(log, "rb") as file:
+        file.seek(start)
+        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "it said nothing")
 
 

@@ -1,18 +1,22 @@
 """From a grid's results to the report of a study: what was scored, how sure it is, and which runs every number is of."""
 
 import io
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import UserError, one_line
 from megatron_ext.evaluation.comparison import Comparison, compare
+from megatron_ext.evaluation.results import PLANNED
 from megatron_ext.evaluation.selection import Score, TaskScore, family_scores, ranking, select
 from megatron_ext.evaluation.tasks import FAMILIES, METRICS
 from megatron_ext.study.facts import Facts
 from megatron_ext.study.figures import DPI, Evidence, draw_all
 from megatron_ext.study.report_page import Picture, Report, Table
 
+SHOWN = 6
+"""Models and tasks with missing runs that are named."""
 NEEDED = ("key", "model", "family", "task", "learning_rate", "seed", "validation", "test")
 
 
@@ -31,6 +35,23 @@ def read_results(folders: Sequence[Path]) -> list[dict[str, Any]]:
                 raise UserError(f"{before[pair]} and {folder} both have runs of {pair[0]} on {pair[1]}: a score is of one grid")
             rows.append(row)
     return rows
+
+
+def read_missing(folders: Sequence[Path], rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, float, int]]:
+    """Model, task, learning rate and seed of the runs of these grids that have no row: they failed, or were not made yet.
+
+    Raises:
+        UserError: a grid's list of its runs cannot be read.
+    """
+    done = {row["key"] for row in rows}
+    missing = []
+    for folder in folders:
+        try:
+            planned = json.loads((folder / PLANNED).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder / PLANNED} cannot be read: {one_line(error)}; tools/run_grid.py writes it") from None
+        missing += [tuple(run) for key, run in planned.items() if key not in done]
+    return missing
 
 
 def _read_table(file: Path) -> list[dict[str, Any]]:
@@ -62,7 +83,13 @@ def items_of(folders: Sequence[Path]) -> Callable[[str], Any]:
     return read
 
 
-def make_report(title: str, rows: Sequence[dict[str, Any]], facts: Sequence[Facts], items: Callable[[str], Any] | None) -> Report:
+def make_report(
+    title: str,
+    rows: Sequence[dict[str, Any]],
+    facts: Sequence[Facts],
+    items: Callable[[str], Any] | None,
+    missing: Sequence[tuple[str, str, float, int]] = (),
+) -> Report:
     """Everything that the results say.
 
     Args:
@@ -70,6 +97,7 @@ def make_report(title: str, rows: Sequence[dict[str, Any]], facts: Sequence[Fact
         rows: of a grid.
         facts: of the study's models; models without are compared, and in no curve.
         items: None leaves the tests over items out.
+        missing: of `read_missing`.
     """
     from matplotlib import pyplot
 
@@ -89,21 +117,28 @@ def make_report(title: str, rows: Sequence[dict[str, Any]], facts: Sequence[Fact
         _task_table(tasks),
         _run_table(rows),
     ]
-    return Report(title, _notes(rows, tasks, facts), pictures, tables)
+    return Report(title, [*_gaps(rows, facts, missing), *_notes(rows, tasks)], pictures, tables)
 
 
-def _notes(rows: Sequence[dict[str, Any]], tasks: Sequence[TaskScore], facts: Sequence[Facts]) -> list[str]:
+def _gaps(rows: Sequence[dict[str, Any]], facts: Sequence[Facts], missing: Sequence[tuple[str, str, float, int]]) -> list[str]:
+    """What is not there, in words."""
+    told = []
+    if missing:
+        pairs = list(dict.fromkeys(f"{model} on {task}" for model, task, _, _ in missing))
+        shown = ", ".join(pairs[:SHOWN]) + (f" and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else "")
+        told.append(f"Runs that are missing, because they failed or were not made yet: {len(missing):,}, of {shown}.")
+    models = {row["model"] for row in rows}
+    if without := [each.name for each in facts if each.name not in models]:
+        told.append(f"Models of the study without a run: {len(without)} ({', '.join(without)}).")
+    return told
+
+
+def _notes(rows: Sequence[dict[str, Any]], tasks: Sequence[TaskScore]) -> list[str]:
     models, seeds = {row["model"] for row in rows}, {row["seed"] for row in rows}
     names = sorted({score.task for score in tasks})
     rates = sorted({row["learning_rate"] for row in rows})
     hours = sum(row.get("seconds", 0.0) for row in rows) / 3600
-    whole = len(models) * len(names) * len(rates) * len(seeds)
-    gaps = [f"Runs of the grid that are missing, because they failed or were not made yet: {whole - len(rows):,}."]
-    missing = gaps if len(rows) < whole else []
-    if without := [each.name for each in facts if each.name not in models]:
-        missing.append(f"Models of the study without a run: {len(without)} ({', '.join(without)}).")
     return [
-        *missing,
         f"{len(rows):,} fine-tuning runs: {len(models)} models, {len(names)} tasks ({', '.join(names)}), {len(rates)} "
         f"learning rates, {len(seeds)} seeds; {hours:.1f} hours of workers.",
         "The learning rate is chosen on validation, for each model and task. Scores are of the test split: means over seeds, "

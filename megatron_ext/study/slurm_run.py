@@ -44,7 +44,9 @@ def submit(runs: list[SegmentRun], options: list[str], study: str, output_dir: P
         # `resume` is on the command line as well: the kit would put `auto` there.
         command = [str(KIT), "--config", str(run.config_file), "--resume", run.config.resume]
         jobs[run.name] = _slurm("sbatch", "--parsable", *name, *waits, *options, *command).split(";")[0]
-        note.write_text(json.dumps(jobs))
+        aside = note.with_suffix(".part")
+        aside.write_text(json.dumps(jobs))
+        aside.rename(note)
         say(f"job {jobs[run.name]}: {run.name}" + (f" after {parent}" if parent else ""))
     after = [f"--dependency=afterany:{':'.join(jobs.values())}"] if jobs else []
     export = shlex.join(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import EuroBertForMaskedLM, EuroBertForTokenClassification
 
@@ -56,6 +57,19 @@ def test_weights_that_are_not_there_are_not_drawn(small_encoder: Path, tmp_path:
     (tmp_path / "other/model.safetensors").write_bytes(b"no weights at all")
     with pytest.raises(UserError, match="cannot be loaded"):
         load_backbone(tmp_path / "other", "bidirectional")
+
+
+@pytest.mark.parametrize("kind, sees_both_ways", [("BertModel", True), ("GPT2Model", False), ("MistralModel", False)])
+def test_a_model_that_sees_only_back_is_no_encoder(kind: str, sees_both_ways: bool, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 25, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2} if kind == "MistralModel" else {}
+    config = getattr(transformers, kind.replace("Model", "Config"))(**sizes)
+    getattr(transformers, kind)(config).save_pretrained(tmp_path)
+    if sees_both_ways:
+        assert load_backbone(tmp_path, "bidirectional").config.model_type == "bert"
+    else:
+        with pytest.raises(UserError, match="that sees only back"):
+            load_backbone(tmp_path, "bidirectional")
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
@@ -220,7 +234,8 @@ def test_every_family_is_tuned_from_local_files(small_encoder: Path, tmp_path: P
     settings = Settings(batch_size=4)
     options: dict[str, Any] = {"learning_rate": 3e-3, "seed": 0, "data": data, "source_data": data if task == "nq" else None}
     outcome = finetune(FinetuneRun(model=str(small_encoder), task=task, settings=settings, **options))
-    assert outcome.steps == 6 and len(outcome.test_items) == 4
+    queries = 2  # of the four rows' two people, each with two answers
+    assert outcome.steps == 6 and len(outcome.test_items) == (queries if family == "ir" else 4)
     assert 0 <= outcome.validation <= 1 and 0 <= outcome.test <= 1 and np.isfinite(outcome.train_loss)
 
 

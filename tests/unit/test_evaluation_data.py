@@ -82,9 +82,9 @@ def test_answers_are_the_best_spans(small_encoder: Path) -> None:
     assert score_answers(logits, windows, [QUESTION]).value == 1.0
     for scores in logits:
         scores[0] = 9.0
-    assert find_answers(logits, windows, [QUESTION]) == [""]
-    assert score_answers(logits, windows, [QUESTION]).value == 0.0
+    assert find_answers(logits, windows, [QUESTION]) == ["paris"], "all questions of the set have an answer"
     unanswerable = {**QUESTION, "answers": {"text": [], "answer_start": []}}
+    assert find_answers(logits, windows, [QUESTION, unanswerable])[0] == ""
     assert score_answers(logits, windows, [unanswerable]).value == 1.0
 
 
@@ -121,9 +121,11 @@ def test_ndcg_by_hand() -> None:
     """The document is first, third, and eleventh: 1, 1 / log2(4), 0."""
     documents = torch.eye(12)
     queries = torch.stack([torch.linspace(1, 0.1, 12)] * 3)
-    score = score_ranking(queries, documents, [0, 2, 10])
+    score = score_ranking(queries, documents, [[0], [2], [10]])
     assert score.items.tolist() == pytest.approx([1.0, 0.5, 0.0])
     assert score.value == pytest.approx(0.5)
+    both = score_ranking(queries[:1], documents, [[0, 2]]).value
+    assert both == pytest.approx(1.5 / (1 + 1 / np.log2(3))), "first and third of two: the best is first and second"
 
 
 # Sources
@@ -165,6 +167,10 @@ def test_validation_is_cut_from_training_rows_by_what_they_say(tmp_path: Path) -
         ('{"text": "a", "label": "b", "split": "train"}\n', "has no rows for validation"),
         ('{"text": "a", "label": "b", "split": "dev"}\n', "a row has the split 'dev': allowed are train, validation, test"),
         ("not json\n", "cannot be read"),
+        (
+            '{"text": "a", "label": "b", "split": "train"}\n{"text": "a", "text_pair": "c", "label": "b", "split": "train"}\n',
+            "1 of 2 rows of .*, train, have a text_pair",
+        ),
     ],
 )
 def test_bad_data_is_refused(tmp_path: Path, content: str, message: str) -> None:
@@ -181,12 +187,24 @@ def test_bad_data_is_refused(tmp_path: Path, content: str, message: str) -> None
         ("tc", {"tokens": ["a"], "tags": [3]}, "the tag 3 is neither O nor like B-person"),
         ("qa", {"question": "q", "context": "c", "answers": ["a"]}, "answers must have text and answer_start"),
         ("qa", {"question": "q", "context": "c", "answers": {"text": "a", "answer_start": 3}}, "must be lists"),
+        ("qa", {"question": "q", "context": "c", "answers": {"text": ["a"], "answer_start": []}}, "must be of one length"),
         ("ir", {"query": "q"}, "it lacks positive; it has query"),
+        ("ir", {"query": None, "positive": "p"}, "query is None: it must be a text that says something"),
+        ("sc", {"text": " ", "label": "yes"}, "text is ' ': it must be a text that says something"),
+        ("sc", {"text": "a", "label": None}, "label is None"),
+        ("tc", {"tokens": [], "tags": []}, "and not empty"),
         ("sc", "a line", "it is no object with columns"),
     ],
 )
 def test_rows_of_another_kind_are_refused(family: str, row: Any, message: str) -> None:
     assert message in (problem_of(family, row) or "")
+
+
+@pytest.mark.parametrize("line", ["a film", "a film,yes,no"])
+def test_rows_of_a_table_are_as_wide_as_its_head(tmp_path: Path, line: str) -> None:
+    (tmp_path / "rows.csv").write_text(f"text,label\ngood,yes\n{line}\n")
+    with pytest.raises(UserError, match="row 2 has more or fewer columns than the head"):
+        list(read_rows(tmp_path / "rows.csv"))
 
 
 def test_a_label_that_no_training_row_has_is_refused(tmp_path: Path) -> None:

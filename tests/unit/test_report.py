@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib import pyplot
 
-from megatron_ext.evaluation.selection import family_scores, select
+from megatron_ext.evaluation.selection import Score, family_scores, select
 from megatron_ext.study.facts import Facts, facts_of
+from megatron_ext.study.figures import Evidence, draw_all
 from megatron_ext.study.report import make_report
 from megatron_ext.study.report_page import Report
 from megatron_ext.study.study_file import read_study
@@ -24,6 +26,7 @@ from megatron_ext.study.study_file import read_study
 STUDY = Path(__file__).parents[2] / "examples/mlm_vs_clm/study.yaml"
 TASKS = {"sst2": "sc", "mnli": "sc", "conll2003": "tc", "squad": "qa", "msmarco": "ir"}
 PNG = b"\x89PNG\r\n\x1a\n"
+KNOWN = {"size": "tiny", "family": "f", "ratio": None, "added_steps": 0, "flops": 1.0, "is_finished": True}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -141,3 +144,61 @@ def test_a_browser_shows_it_on_a_phone_and_on_a_desk(report: Report, tmp_path: P
     assert seen, done.stderr[-500:]
     inner, scrolled, broken, wide = map(int, seen.groups())
     assert inner == width and scrolled <= inner and (broken, wide) == (0, 0)
+
+
+def _lines_of(facts: list[Facts]) -> dict[str, dict[str, list[float]]]:
+    """Figure -> line -> places, of scores that do not matter."""
+    families = {(known.name, "sc"): Score.of({0: 0.5, 1: 0.6}, ["a", "b"]) for known in facts}
+    found = {}
+    for named in draw_all(Evidence({known.name: known for known in facts}, families, [])):
+        containers = named.figure.axes[0].containers
+        found[named.name] = {bar.get_label(): list(bar.lines[0].get_xdata()) for bar in containers}
+        pyplot.close(named.figure)
+    return found
+
+
+def test_a_checkpoint_is_on_the_line_of_the_models_that_it_leads_to() -> None:
+    clm, half, early = (
+        Facts(**KNOWN | {"name": name, "plan": plan, "causal_share": share, "steps": steps, "ratio": 0.4})
+        for name, plan, share, steps in (
+            ("clm", "clm", 1.0, 100),
+            ("half", "clm > mlm0.4", 0.5, 100),
+            ("early", "clm > mlm0.4", 0.25, 200),
+        )
+    )
+    trunk = Facts(
+        **KNOWN
+        | {"name": "trunk", "plan": "clm", "causal_share": 1.0, "steps": 20, "is_finished": False, "leads_to": ("clm", "half")}
+    )
+    after = {
+        "name": "after",
+        "plan": "clm > mlm0.4",
+        "causal_share": 0.5,
+        "steps": 90,
+        "is_finished": False,
+        "leads_to": ("early",),
+    }
+    lines = _lines_of([clm, half, early, trunk, Facts(**KNOWN | after)])["data_efficiency"]
+    assert lines == {
+        "tiny clm": [20, 100],
+        "tiny clm > mlm0.4, 50% CLM, 100 steps": [20, 100],
+        "tiny clm > mlm0.4, 25% CLM, 200 steps": [90, 200],
+    }
+
+
+def test_the_order_of_the_objectives_is_no_split() -> None:
+    """MLM before CLM is not on the line of CLM before MLM, MNTP not on MLM's; what goes on with CLM is not on the line of MLM."""
+    plans = {"clm": 1.0, "mlm0.4": 0.0, "clm > mlm0.4": 0.5, "mlm0.4 > clm": 0.4, "mntp0.4": 0.0, "mlm0.2": 0.0, "mlm0.1": 0.0}
+    ratios = {plan: float(found[0]) for plan in plans if (found := re.findall(r"0\.\d", plan))}
+    facts = [
+        Facts(**KNOWN | {"name": plan, "plan": plan, "causal_share": share, "steps": 100, "ratio": ratios.get(plan)})
+        for plan, share in plans.items()
+    ]
+    more = [
+        Facts(**KNOWN | {"name": name, "plan": name, "causal_share": 1.0, "steps": 110, "added_steps": 10})
+        for name in ("clm + mlm0.4", "clm + clm")
+    ]
+    lines = _lines_of(facts + more)
+    assert lines["split"] == {"tiny, 100 steps, MLM 0.4": [0.0, 0.5, 1.0]}
+    assert lines["mask_ratio"] == {"tiny, 100 steps": [0.1, 0.2, 0.4]}
+    assert lines["continued"] == {f"tiny clm of 100 steps, then {name}": [0, 10] for name in ("clm", "mlm0.4")}
