@@ -43,20 +43,25 @@ def test_a_worker_that_is_killed_costs_its_task_alone() -> None:
     ]
 
 
-@pytest.fixture
-def grid(small_encoder: Path, tmp_path: Path) -> Path:
-    """Two models, one task, two learning rates and two seeds: eight runs."""
+def write_grid(folder: Path, models: dict[str, Path]) -> Path:
+    """One task, two learning rates and two seeds: four runs for each model."""
     tree = {
-        "models": {"one": str(small_encoder), "other": str(small_encoder)},
+        "models": {name: str(model) for name, model in models.items()},
         "tasks": ["rotten_tomatoes"],
-        "data": {"rotten_tomatoes": str(write_reviews(tmp_path))},
+        "data": {"rotten_tomatoes": str(write_reviews(folder))},
         "learning_rates": [1e-2, 1e-4],
         "seeds": [0, 1],
         "batch_size": 8,
     }
-    file = tmp_path / "grid.yaml"
+    file = folder / "grid.yaml"
     file.write_text(yaml.safe_dump(tree))
     return file
+
+
+@pytest.fixture
+def grid(small_encoder: Path, tmp_path: Path) -> Path:
+    """Eight runs."""
+    return write_grid(tmp_path, {"one": small_encoder, "other": small_encoder})
 
 
 def command(grid: Path, output_dir: Path, *arguments: str) -> list[str]:

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pandas
 import pytest
-import yaml
 
-from tests.distributed.test_grid import command, table
-from tests.unit.test_evaluation import write_reviews
+from tests.distributed.test_grid import command, table, write_grid
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -44,16 +42,7 @@ def test_a_cluster_makes_the_same_table(small_encoder: Path, tmp_path: Path, clu
     broken.mkdir()
     for file in small_encoder.iterdir():
         (broken / file.name).write_bytes(b"no weights" if file.suffix == ".safetensors" else file.read_bytes())
-    tree = {
-        "models": {"one": str(small_encoder), "broken": str(broken)},
-        "tasks": ["rotten_tomatoes"],
-        "data": {"rotten_tomatoes": str(write_reviews(tmp_path))},
-        "learning_rates": [1e-2, 1e-3],
-        "seeds": [0, 1],
-        "batch_size": 8,
-    }
-    grid = tmp_path / "grid.yaml"
-    grid.write_text(yaml.safe_dump(tree))
+    grid = write_grid(tmp_path, {"one": small_encoder, "broken": broken})
     done = on_the_cluster(grid, tmp_path / "ray", cluster)
     assert done.returncode == 1 and done.stderr.count("broken, rotten_tomatoes") == 4, done.stderr
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "ray/runs").iterdir()}
