@@ -159,9 +159,9 @@ def _overview(families: dict[tuple[str, str], Score], facts: dict[str, Facts]) -
         known = facts.get(model)
         about = [f"{known.plan}", f"{known.steps:,}", f"{known.flops:.2e}"] if known else ["", "", ""]
         cells = [_number(families[model, family]) if (model, family) in families else "" for family in shown]
-        rows.append([model, *about, *cells])
-        best |= {(number, 4 + column) for column, family in enumerate(shown) if tops[family] == model}
-    head = ["model", "plan", "steps", "FLOPs", *(f"{family.upper()}, {METRICS[family]}, %" for family in shown)]
+        rows.append([model, *cells, *about])
+        best |= {(number, 1 + column) for column, family in enumerate(shown) if tops[family] == model}
+    head = ["model", *(f"{family.upper()}, {METRICS[family]}, %" for family in shown), "plan", "steps", "FLOPs"]
     return Table("models", "Models", head, rows, "The best of each column is bold.", best=frozenset(best))
 
 

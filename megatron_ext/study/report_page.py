@@ -16,7 +16,9 @@ figure{margin:0 0 1rem}figure img{max-width:100%;height:auto;background:#fff}
 figcaption,.note{font-size:.9rem;opacity:.8}
 .table{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;white-space:nowrap}
 th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #8884}th:first-child,td:first-child{text-align:left}
+td:first-child{white-space:normal;overflow-wrap:anywhere;min-width:7rem;position:sticky;left:0;background:Canvas}
 td.best{font-weight:700}details{margin:.5rem 0}summary{cursor:pointer}code{font-size:.8rem}
+@media(max-width:40rem){figure{overflow-x:auto}figure img{max-width:none;width:36rem}figcaption{position:sticky;left:0}}
 """
 
 
