@@ -21,7 +21,7 @@ def export(run: SegmentRun, output_dir: Path) -> list[Path]:
     made, missing, failed = [], [], []
     for name, checkpoint in run.exports():
         folder = output_dir / "models" / name
-        origin, source = folder.with_name(f".{name}.origin"), f"{run.name} {checkpoint.name}"
+        origin, source = output_dir / "origins" / name, f"{run.name} {checkpoint.name}"
         if folder.exists():
             before = origin.read_text() if origin.exists() else source
             if before != source:
@@ -30,7 +30,8 @@ def export(run: SegmentRun, output_dir: Path) -> list[Path]:
         if not checkpoint.is_dir():
             missing.append(str(checkpoint))
             continue
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        for parent in (folder.parent, origin.parent):
+            parent.mkdir(parents=True, exist_ok=True)
         # It must not hold a half: the tool writes aside and renames.
         command = [sys.executable, str(TOOL), "export", str(checkpoint), str(folder), "--family", FAMILY]
         done = subprocess.run(command, capture_output=True, text=True)

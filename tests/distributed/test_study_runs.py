@@ -186,6 +186,10 @@ def test_an_export_that_fails_stops_nothing_else(trained: tuple[Path, Path], cor
         output.count("put into evaluation_steps after the segment had passed it") == 4
     )  # of two roots; warned, and told at the end
     assert (output_dir / "models/nano.mlm0.4-2.at-2").is_dir()
+    origin = output_dir / "origins/nano-mlm0.4-4"
+    origin.write_text("elsewhere step_00000004")
+    told = call("export", later, output_dir, code=1)
+    assert "models/nano-mlm0.4-4 was made of elsewhere step_00000004" in told and told.count("not finished:") == 3
     write_study(corpus, study.parent, FAMILIES)
 
 
