@@ -31,10 +31,13 @@ def execute(runs: list[GridRun], results: Results, executor: Executor, track: Ca
         executor: `on_this_machine` or `on_a_cluster`.
         track: called with the row of every run that ended well, also of those that were done before.
     """
-    left = [run for run in runs if not results.is_done(run)]
+    results.plan(runs)
+    left = []
     for run in runs:
         if results.is_done(run):
             track(results.row(run))
+        else:
+            left.append(run)
     failed, written = 0, time.monotonic()
     with tqdm(total=len(runs), initial=len(runs) - len(left), unit="run", desc="fine-tuning", disable=None) as bar:
         for done in executor(left):

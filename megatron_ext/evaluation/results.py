@@ -56,14 +56,17 @@ class Results:
         """Keep why there is none. The next call tries again."""
         (self.folder / "failed" / f"{run.key}.json").write_text(json.dumps({**_inputs(run), "error": error}))
 
-    def write_table(self, runs: list[GridRun]) -> Path:
-        """One row for each run that has an outcome, in the grid's order; and the list of all runs beside it."""
-        import pyarrow
-        import pyarrow.parquet
-
+    def plan(self, runs: list[GridRun]) -> None:
+        """Note which runs there are to be: a report tells those that have no row."""
         planned = {run.key: [run.model, run.run.task, run.run.learning_rate, run.run.seed] for run in runs}
         with _aside(self.folder / PLANNED) as aside:
             aside.write_text(json.dumps(planned))
+
+    def write_table(self, runs: list[GridRun]) -> Path:
+        """One row for each run that has an outcome, in the grid's order."""
+        import pyarrow
+        import pyarrow.parquet
+
         rows = [self.row(run) for run in runs if self.is_done(run)]
         with _aside(self.folder / TABLE) as aside:
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), aside)

@@ -78,9 +78,7 @@ class SegmentRun:
     def write_config(self) -> None:
         """Put the configuration where the run reads it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        aside = self.config_file.with_suffix(".part")
-        aside.write_text(yaml.safe_dump(self.config.as_dict(), sort_keys=False))
-        aside.rename(self.config_file)
+        write_whole(self.config_file, yaml.safe_dump(self.config.as_dict(), sort_keys=False))
 
     def check_config(self) -> None:
         """Refuse to go on with what was begun as another segment.
@@ -183,3 +181,10 @@ def trained_steps(run: SegmentRun) -> int:
     """Steps of the segment that its newest checkpoint holds."""
     found = complete_checkpoints(run.folder / "checkpoints")
     return step_of(found[-1]) - run.segment.start_step if found else 0
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Put a text into a file, which is never there by half."""
+    aside = file.with_suffix(".part")
+    aside.write_text(text)
+    aside.rename(file)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from megatron_ext.errors import UserError, say
-from megatron_ext.study.segment_run import SegmentRun
+from megatron_ext.study.segment_run import SegmentRun, write_whole
 
 ROOT = Path(__file__).parents[2]
 KIT = ROOT / "examples/slurm/pretrain.sbatch"
@@ -44,9 +44,7 @@ def submit(runs: list[SegmentRun], options: list[str], study: str, output_dir: P
         # `resume` is on the command line as well: the kit would put `auto` there.
         command = [str(KIT), "--config", str(run.config_file), "--resume", run.config.resume]
         jobs[run.name] = _slurm("sbatch", "--parsable", *name, *waits, *options, *command).split(";")[0]
-        aside = note.with_suffix(".part")
-        aside.write_text(json.dumps(jobs))
-        aside.rename(note)
+        write_whole(note, json.dumps(jobs))
         say(f"job {jobs[run.name]}: {run.name}" + (f" after {parent}" if parent else ""))
     after = [f"--dependency=afterany:{':'.join(jobs.values())}"] if jobs else []
     export = shlex.join(
